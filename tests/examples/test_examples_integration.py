@@ -1,0 +1,46 @@
+"""The examples run under torchrun as they do under kgtrun, on a data set of a few hundred images."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.process_cost import run_process
+
+pytestmark = pytest.mark.integration
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+KGTRUN = [sys.executable, "-m", "kgtrun", "--nproc-per-node", "2"]
+
+
+def run(command: list[str], cwd: Path) -> str:
+    """Output of a command that must succeed and leave no process behind."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KGTRUN_")} | {"OMP_NUM_THREADS": "1"}
+    log = cwd / "output.log"
+    with log.open("w") as output:
+        cost = run_process(command, timeout_s=180, env=env, cwd=cwd, output=output)
+    text = log.read_text()
+    assert cost.exit_code == 0, text
+    assert cost.num_outlived == 0, text
+    return text
+
+
+def train(launcher: list[str], data: Path, cwd: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    figures = cwd / "figures.json"
+    sizes = ["--epochs", "4", "--batch-size", "32", "--train-images", "256", "--test-images", "101"]
+    script = [str(EXAMPLES / "fashion_resnet.py"), "--data", str(data), *sizes, "--json-out", str(figures), *options]
+    return run([*launcher, *script], cwd), json.loads(figures.read_text())
+
+
+def test_stock_ddp_under_torchrun(tiny_fashion: Path, tmp_path: Path) -> None:
+    text, figures = train(TORCHRUN, tiny_fashion, tmp_path, "--stock-ddp", "--augment")
+    assert "stock DistributedDataParallel" in text
+    assert "freezing" not in figures
+    assert figures["steps"] == 32
+    assert figures["accuracy"] > 0.5
