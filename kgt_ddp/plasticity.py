@@ -44,8 +44,8 @@ def first_floating_tensor(output: Any) -> Tensor | None:
     return None
 
 
-def similarity(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
-    """Which samples of a batch a block finds alike.
+def gram(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """Which samples of a batch a block finds alike. Never waits for a device: its values are not looked at.
 
     Args:
         activation: (batch, ...) of any floating type; computed in fp32 on its own device.
@@ -54,8 +54,8 @@ def similarity(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
             are kept apart rather than averaged, as the formula has it; an average hides changes that cancel out.
 
     Returns:
-        G of shape (batch, batch) in fp32, rows of unit L2 norm (zero for a sample whose activation is all zero), or
-        None for fewer than two samples or a value that is not finite.
+        G of shape (batch, batch) in fp32, rows of unit L2 norm, zero for a sample whose activation is all zero and NaN
+        for one that holds NaN or infinity; None for fewer than two samples.
     """
     if activation.dim() < 1 or activation.shape[0] < 2 or activation.numel() == 0:
         return None
@@ -64,9 +64,14 @@ def similarity(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
         keep = (mask != 0).reshape(*mask.shape, *(1,) * (rows.dim() - 2)).to(rows.device)
         rows = rows.masked_fill(~keep, 0.0)
     rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-    gram = torch.nn.functional.normalize(rows @ rows.T, dim=1, eps=1e-30)
-    # One number tells of all: infinity times zero and infinity over infinity are NaN, and NaN stays NaN in a sum.
-    return gram if bool(torch.isfinite(gram.sum() + rows.sum())) else None
+    return torch.nn.functional.normalize(rows @ rows.T, dim=1, eps=1e-30)
+
+
+def similarity(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    """`gram`, or None where it is not finite throughout."""
+    found = gram(activation, mask)
+    # One number tells of all: NaN stays NaN in a sum, and a row with infinity in it has a NaN after its scaling.
+    return found if found is not None and bool(torch.isfinite(found.sum())) else None
 
 
 def distance(first: Tensor | None, second: Tensor | None) -> float | None:

@@ -1,0 +1,382 @@
+"""The freezing of one DDP-wrapped model: wires clock, agreement, blocks, hook, guard and policy together.
+
+`FreezeAwareDDP` owns one of these as `ddp.freezing`; users call `describe`, `summary`, `state_dict` and `load_state_dict`.
+
+Life of a training step: `run_forward` (boundary: take part in the agreement, apply an agreed mask; then the forward itself)
+-> backward (the hook counts the last bucket) -> optimizer step (guard; the clock ticks). The first training forward is
+watched to learn the order of execution; the agreement begins with the next boundary.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from kgt_ddp import optimizer_hooks, torch_private
+from kgt_ddp.agreement import LAG, Agreement, control_group, equalise
+from kgt_ddp.blocks import Blocks
+from kgt_ddp.comm_hook import FreezeHookState
+from kgt_ddp.errors import KgtError
+from kgt_ddp.execution_order import watch
+from kgt_ddp.mask import Mask
+from kgt_ddp.optimizer_guard import OptimizerGuard
+from kgt_ddp.policies.policy import Observation, Policy
+from kgt_ddp.prefix_edge import PrefixEdge
+from kgt_ddp.step_clock import StepClock
+from kgtrun.contract.events import EventWriter
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class Freezing:
+    """See the module docstring.
+
+    Args:
+        ddp: the wrapper; held weakly.
+        policy: decides on rank 0 of the wrapper's group.
+        policy_spec: its text, compared between ranks.
+        blocks: units chosen by the user, or None.
+        total_steps: optimizer steps of the whole job, if known.
+        interval: steps from one decision to the next.
+        events: where decisions and applied masks are recorded.
+
+    Raises:
+        AgreementError: no control group can be formed.
+        BlockError: `blocks` does not fit the model.
+    """
+
+    active = True
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        *,
+        policy: Policy,
+        policy_spec: str,
+        blocks: Iterable[str | nn.Module] | None,
+        total_steps: int | None,
+        interval: int,
+        events: EventWriter,
+    ) -> None:
+        self._ddp = weakref.ref(ddp)
+        self._policy = policy
+        self._policy_spec = policy_spec
+        self._total_steps = total_steps
+        self._interval = interval
+        self._events = events
+        self.blocks = Blocks(ddp.module, None if blocks is None else list(blocks))
+        self.clock = StepClock()
+        self.hook = FreezeHookState(ddp.process_group, self._block_parameters())
+        self.hook.on_last_bucket = self._on_last_bucket
+        self.guard = OptimizerGuard()
+        self.mask = Mask(0, len(self.blocks))
+        self._group = control_group(ddp.process_group)
+        self._rank = ddp.process_group.rank()
+        self._agreement: Agreement | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._edge = PrefixEdge()
+        self._ignored_by_us: set[str] = set()
+        self._parameter_ids = {id(p) for p in ddp.module.parameters()}
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._applied: list[dict[str, Any]] = []
+        optimizer_hooks.listen(self)
+        atexit.register(_at_exit, weakref.ref(self))
+
+    # ---- for users --------------------------------------------------------------------------------------------------
+
+    @property
+    def frontier(self) -> int:
+        """How many front blocks are frozen."""
+        return self.mask.frontier
+
+    def describe(self) -> str:
+        """The blocks as a table."""
+        return self.blocks.describe()
+
+    def summary(self) -> dict[str, Any]:
+        """What happened so far, as plain data: frontier, applied masks, gradient bytes reduced and dropped a block."""
+        return {
+            "active": True,
+            "policy": self._policy_spec,
+            "steps": self.clock.step,
+            "num_blocks": len(self.blocks),
+            "frontier": self.mask.frontier,
+            "freezes": [dict(entry) for entry in self._applied],
+            "reduced_bytes": sum(self.hook.reduced_bytes),
+            "dropped_bytes": sum(self.hook.dropped_bytes),
+            "reduced_bytes_by_block": list(self.hook.reduced_bytes),
+            "dropped_bytes_by_block": list(self.hook.dropped_bytes),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on freezing as if never stopped. Call between steps; plain data, any rank."""
+        agreement = self._agreement.state_dict() if self._agreement else None
+        return {
+            "version": STATE_VERSION,
+            "step": self.clock.step,
+            "frontier": self.mask.frontier,
+            "generation": self.mask.generation,
+            "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
+            "agreement": agreement,
+            "policy_spec": self._policy_spec,
+            "policy": self._policy.state_dict(),
+            "freezes": [dict(entry) for entry in self._applied],
+            "reduced_bytes": list(self.hook.reduced_bytes),
+            "dropped_bytes": list(self.hook.dropped_bytes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on where `state_dict()` left off. Call on every rank, before the first training forward.
+
+        Without a saved state (a checkpoint written without kgtrun) training starts unfrozen, and says so. A state saved
+        under another policy keeps its frozen blocks; the new policy decides from there.
+
+        Raises:
+            BlockError: the state is that of another model.
+            ValueError: it was written by a version that this one cannot read.
+        """
+        if not state:
+            logger.warning("the checkpoint has no freezing state: training goes on with nothing frozen")
+            return
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"freezing state of version {state.get('version')!r}; this kgtrun reads {STATE_VERSION}")
+        self.clock.step = state["step"]
+        if state["blocks"] is None:
+            return
+        self.blocks.load_state_dict(state["blocks"])
+        self.hook.set_blocks(self._block_parameters())
+        self.hook.reduced_bytes = list(state["reduced_bytes"])
+        self.hook.dropped_bytes = list(state["dropped_bytes"])
+        self._applied = [dict(entry) for entry in state["freezes"]]
+        self.mask = Mask(0, len(self.blocks), state["generation"])
+        self._begin_agreement()
+        if state["policy_spec"] == self._policy_spec:
+            self._policy.load_state_dict(state["policy"])
+            if self._agreement and state["agreement"]:
+                self._agreement.load_state_dict(state["agreement"])
+        self._resumed = state
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def run_forward(self, forward: Callable[[], Any]) -> Any:
+        """Run one forward of the wrapper, with whatever is due before it."""
+        ddp = self._wrapper
+        self.guard.restore()
+        self.blocks.hold_eval()
+        if not (torch.is_grad_enabled() and ddp.training):
+            return forward()
+        self.clock.paused = torch_private.in_join(ddp)
+        if self.clock.forward_begins():
+            self._boundary()
+        if not self.blocks.ordered:
+            output = self._watched(forward)
+        else:
+            with self._edge.forward() if self._edge.needed else nullcontext():
+                output = forward()
+        self.clock.forward_ended(t for t in tree_leaves(output) if isinstance(t, torch.Tensor))
+        return output
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.guard.before_step(optimizer)
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.guard.after_step(optimizer)
+        if self._owns(optimizer):
+            self._optimizers.add(optimizer)
+            if self.clock.optimizer_stepped():
+                self.guard.step_ended()
+
+    def _on_last_bucket(self) -> None:
+        self.clock.gradients_reduced()
+        self.guard.feed_starved()
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        return any(id(p) in self._parameter_ids for group in optimizer.param_groups for p in group["params"])
+
+    def _watched(self, forward: Callable[[], Any]) -> Any:
+        with watch(self._wrapper.module) as order:
+            output = forward()
+        self.blocks.order_by(order)
+        self._edge.reentrant = order.reentrant_checkpoint
+        self.hook.set_blocks(self._block_parameters())
+        self.mask = Mask(0, len(self.blocks), self.mask.generation)
+        self._begin_agreement()
+        return output
+
+    def _begin_agreement(self) -> None:
+        self._agreement = Agreement(
+            self._group,
+            num_blocks=len(self.blocks),
+            signals=self._policy.signals,
+            interval=self._interval,
+            decide=self._decide,
+        )
+        self._proved = False
+        self._events.write(
+            "blocks",
+            policy=self._policy_spec,
+            total_steps=self._total_steps,
+            interval=self._interval,
+            blocks=[
+                {"name": b.name, "parameters": b.num_parameters, "shared": list(b.shared)} for b in self.blocks.blocks
+            ],
+        )
+        if self.blocks.max_frontier == 0:
+            logger.warning("the model has a single block: nothing can be frozen")
+
+    # ---- decisions --------------------------------------------------------------------------------------------------
+
+    def _boundary(self) -> None:
+        if self._agreement is None:
+            return
+        if not self._proved:
+            self._agreement.prove_equal(
+                {
+                    "blocks": self.blocks.fingerprint(),
+                    "policy": self._policy_spec,
+                    "total_steps": self._total_steps,
+                    "interval": self._interval,
+                    "step": self.clock.step,
+                }
+            )
+            self._proved = True
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            if state["frontier"]:
+                self._apply(Mask(state["frontier"], len(self.blocks), state["generation"]), resumed=True)
+        mask = self._agreement.advance(self.clock.step, self.mask)
+        if mask is not None:
+            self._apply(mask)
+
+    def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
+        observation = Observation(
+            step=self.clock.step,
+            apply_step=self.clock.step + LAG - 1,
+            total_steps=self._total_steps,
+            num_blocks=len(self.blocks),
+            frontier=self.mask.frontier,
+            learning_rate=self._learning_rate(),
+            signals=signals,
+        )
+        decision = self._policy.decide(observation)
+        frontier = min(max(decision.frontier, 0), self.blocks.max_frontier)
+        if frontier != self.mask.frontier or decision.numbers:
+            self._events.write(
+                "decision",
+                step=self.clock.step,
+                frontier=frontier,
+                was=self.mask.frontier,
+                reason=decision.reason,
+                numbers=dict(decision.numbers),
+                learning_rate=observation.learning_rate,
+            )
+        return frontier
+
+    def _learning_rate(self) -> float | None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                return float(group["lr"]) if "lr" in group else None
+        return None
+
+    def _apply(self, mask: Mask, *, resumed: bool = False) -> None:
+        """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
+        started = time.perf_counter()
+        ddp = self._wrapper
+        old = self.mask.frontier
+        self.blocks.move_to(mask.frontier)
+        equalise(ddp.process_group, self.blocks.buffers_between(old, mask.frontier), ddp.broadcast_bucket_size)
+        ignored = torch_private.ignored_by_ddp(ddp)
+        ignored -= self._ignored_by_us
+        self._ignored_by_us = set(self.blocks.frozen_buffers()) - ignored
+        ignored |= self._ignored_by_us
+        frozen = self.blocks.frozen_parameters()
+        torch_private.rebuild_reducer(ddp)
+        self.hook.set_frozen(frozen, in_buckets=False)
+        self.guard.set_frozen(frozen, self._optimizers)
+        self._edge.move_to(self.blocks)
+        self.mask = mask
+        if not resumed:
+            self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})
+        self._events.write(
+            "resume" if resumed else "apply",
+            step=self.clock.step,
+            frontier=mask.frontier,
+            was=old,
+            generation=mask.generation,
+            seconds=time.perf_counter() - started,
+            learning_rate=self._learning_rate(),
+            reduced_bytes=sum(self.hook.reduced_bytes),
+            dropped_bytes=sum(self.hook.dropped_bytes),
+        )
+        shared = self.blocks.shared_in_prefix()
+        if shared:
+            logger.info("%s still trains: an active block uses it too", ", ".join(shared))
+
+    def set_training(self, training: bool) -> None:
+        """The wrapper's `train()` or `eval()` was called."""
+        self.blocks.set_training(training)
+        self.blocks.hold_eval()
+
+    def close(self) -> None:
+        """Record the totals; later calls do nothing."""
+        if self.clock.step:
+            self._events.write("trainer_end", **self.summary())
+        self._events.close()
+
+    def _block_parameters(self) -> list[list[nn.Parameter]]:
+        return [[p for _, p in block.parameters] for block in self.blocks.blocks]
+
+    @property
+    def _wrapper(self) -> DistributedDataParallel:
+        ddp = self._ddp()
+        assert ddp is not None, "a Freezing does not outlive its wrapper"
+        return ddp
+
+
+def _at_exit(reference: weakref.ref[Freezing]) -> None:
+    freezing = reference()
+    if freezing is not None:
+        freezing.close()
+
+
+class Inactive:
+    """Stands where a `Freezing` would: this wrapper is a plain DDP, and `reason` says why."""
+
+    active = False
+    frontier = 0
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def describe(self) -> str:
+        return f"freezing is off: {self.reason}"
+
+    def summary(self) -> dict[str, Any]:
+        return {"active": False, "reason": self.reason, "frontier": 0, "freezes": [], "dropped_bytes": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        if state and state.get("frontier"):
+            logger.warning(
+                "the checkpoint has %s frozen blocks; freezing is off (%s), so they train again",
+                state["frontier"],
+                self.reason,
+            )
+
+
+__all__ = ["Freezing", "Inactive", "KgtError"]

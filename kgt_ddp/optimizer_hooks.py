@@ -1,0 +1,45 @@
+"""Process-wide hooks around every optimizer step, passed on to whoever listens.
+
+Torch's optimizer hooks are global and cannot be removed from inside a step, so one pair is installed once, at the first
+listener, and listeners are held weakly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class StepListener(Protocol):
+    """Called around each optimizer step of this process; must not raise."""
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+
+_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+_installed = False
+
+
+def listen(listener: StepListener) -> None:
+    """Call `listener` around every optimizer step for as long as it lives."""
+    global _installed
+    _listeners.add(listener)
+    if not _installed:
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
+        _installed = True
+
+
+def _before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for listener in list(_listeners):
+        listener.before_optimizer_step(optimizer)
+
+
+def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for listener in list(_listeners):
+        listener.after_optimizer_step(optimizer)

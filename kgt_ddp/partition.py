@@ -1,0 +1,109 @@
+"""Which modules of a model are its blocks: a search of the module tree, before anything has run.
+
+The repeated units of a network (residual blocks, encoder layers) are the children of its outermost containers
+(`ModuleList`, `Sequential`, `ModuleDict`); where there is none, the direct children are the units. Nothing inside a unit
+is looked at, so that a `Sequential` shortcut inside a residual block is not taken for blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from kgt_ddp.errors import BlockError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_FEW = 4
+"""Below this many units, a `Sequential` of plain layers is cut further."""
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def find_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each unit, in order of definition; a model without parts is one unit."""
+    names = {id(m): n for n, m in model.named_modules()}
+    root = unwrap(model)
+    units = _expand(root, split_plain=False)
+    if len(units) < _FEW:
+        finer = _expand(root, split_plain=True)
+        units = finer if len(finer) > len(units) else units
+    return [(names[id(unit)], unit) for unit in units]
+
+
+def chosen_units(model: nn.Module, blocks: Sequence[str | nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The units that a user named.
+
+    Raises:
+        BlockError: not a module of this model, named twice, without parameters, or one inside the other.
+    """
+    by_name = dict(model.named_modules())
+    names = {id(m): n for n, m in by_name.items()}
+    chosen: list[tuple[str, nn.Module]] = []
+    for item in blocks:
+        if isinstance(item, str) and item not in by_name:
+            close = [n for n in by_name if n.split(".")[-1] == item.split(".")[-1]][:5]
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise BlockError(f"blocks: the model has no module {item!r}{hint}")
+        module = by_name[item] if isinstance(item, str) else item
+        if id(module) not in names:
+            raise BlockError(f"blocks: this {type(module).__name__} is no module of the model")
+        if not _has_parameters(module):
+            raise BlockError(f"blocks: {names[id(module)] or 'the model'!r} has no parameters to freeze")
+        for name, other in chosen:
+            if any(module is m for m in other.modules()) or any(other is m for m in module.modules()):
+                raise BlockError(f"blocks: {names[id(module)]!r} and {name!r} overlap")
+        chosen.append((names[id(module)], module))
+    if not chosen:
+        raise BlockError("blocks: the list is empty; leave it out to have blocks found")
+    return chosen
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if _has_parameters(child)]
+
+
+def _is_container(module: nn.Module) -> bool:
+    # Exact types: a subclass (a residual unit written as a Sequential) has a meaning of its own.
+    return type(module) in _CONTAINERS
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return bool(_parts(module))
+
+
+def _repeats(module: nn.Module) -> bool:
+    """A container of units, as against a container of the layers of one unit."""
+    parts = _parts(module)
+    return _is_container(module) and len(parts) >= 2 and any(_is_composite(part) for part in parts)
+
+
+def _expand(root: nn.Module, *, split_plain: bool) -> list[nn.Module]:
+    """Units below `root`; `split_plain` cuts containers of plain layers too."""
+    cuts = _is_container if split_plain else _repeats
+    if cuts(root) or any(cuts(m) for m in _outer_modules(root)):
+        return _units_below(root, cuts)
+    return _parts(root) or ([root] if _has_parameters(root) else [])
+
+
+def _outer_modules(module: nn.Module) -> Iterable[nn.Module]:
+    yield module
+    for part in _parts(module):
+        yield from _outer_modules(part)
+
+
+def _units_below(module: nn.Module, cuts) -> list[nn.Module]:
+    if cuts(module):
+        units: list[nn.Module] = []
+        for part in _parts(module):
+            units += _units_below(part, cuts) if cuts(part) else [part]
+        return units
+    found = [part for part in _parts(module) if any(cuts(m) for m in _outer_modules(part))]
+    return [unit for part in found for unit in _units_below(part, cuts)]

@@ -1,0 +1,73 @@
+"""The interface of a freezing policy: numbers in, a frontier and its reason out.
+
+A policy runs on rank 0 only. It is pure: it sees nothing but the observation, keeps what it needs in its own fields, and
+reaches no clock, disk or process group. It must return the present frontier when it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What is known when a decision is due."""
+
+    step: int
+    """Optimizer steps finished."""
+    apply_step: int
+    """Step at which this decision takes effect, `step` plus the agreement's fixed lag."""
+    total_steps: int | None
+    """Optimizer steps of the whole job, if known."""
+    num_blocks: int
+    """Blocks of the model; the last one always trains."""
+    frontier: int
+    """Blocks frozen now."""
+    learning_rate: float | None = None
+    """Of the first parameter group of the optimizer that trains the model, if one was seen."""
+    signals: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Mean over the ranks that had a value, one entry a block, None where nobody had; keyed by `Policy.signals`."""
+
+    @property
+    def max_frontier(self) -> int:
+        return max(self.num_blocks - 1, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Where the frontier should be, why, and the numbers it was made from (they go into the events)."""
+
+    frontier: int
+    reason: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """See the module docstring."""
+
+    signals: ClassVar[tuple[str, ...]]
+    """Names of the per-block signals it reads; empty for a schedule."""
+
+    needs_total_steps: ClassVar[bool]
+    """Whether it cannot work without the job's length."""
+
+    def decide(self, observation: Observation) -> Decision: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Schedule:
+    """Base of policies that follow a timetable and therefore keep no state."""
+
+    signals: ClassVar[tuple[str, ...]] = ()
+    needs_total_steps: ClassVar[bool] = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
