@@ -1,0 +1,61 @@
+"""Weights from where training holds them into a slot of shared memory.
+
+On the CPU: one copy, straight into the mapping, done when `start` returns. On an accelerator: copies into pinned
+staging memory on a stream of their own, which the training stream is told to wait for (the next optimizer step must not
+overwrite what is still being read); the host copies from there into the slot once `done` finds them finished, so
+training's thread never waits for the device. The accelerator's way is written against torch's device-neutral streams
+and has not been run on a device in this project's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Transfer:
+    """Copies into the slots of one client; one copy under way at a time."""
+
+    def __init__(self) -> None:
+        self._staging: dict[str, Tensor] = {}
+        self._pending: Mapping[str, Tensor] = {}
+        self._event: torch.Event | None = None
+
+    def start(self, tensors: Mapping[str, Tensor], slot: Mapping[str, Tensor]) -> None:
+        """Copy `tensors` into those of the same names in `slot`; the slot may be read once `done` says so."""
+        with torch.no_grad():
+            away = next((t.device for t in tensors.values() if t.device.type != "cpu"), None)
+            if away is not None:
+                self._start_on(away, tensors)
+                self._pending = {name: slot[name] for name in tensors}
+                return
+            for name, tensor in tensors.items():
+                slot[name].copy_(tensor)
+
+    def done(self) -> bool:
+        """Is the last copy complete? Never waits."""
+        if self._event is None:
+            return True
+        if not self._event.query():
+            return False
+        with torch.no_grad():
+            for name, target in self._pending.items():
+                target.copy_(self._staging[name])
+        self._event, self._pending = None, {}
+        return True
+
+    def _start_on(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+        side = torch.Stream(device=device)
+        training = torch.accelerator.current_stream(device)
+        side.wait_stream(training)
+        with side:
+            for name, tensor in tensors.items():
+                staging = self._staging.get(name)
+                if staging is None or staging.shape != tensor.shape or staging.dtype != tensor.dtype:
+                    staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    self._staging[name] = staging
+                staging.copy_(tensor, non_blocking=True)
+        self._event = side.record_event()
+        training.wait_event(self._event)
