@@ -24,6 +24,11 @@ CPUS = "KGTRUN_CPUS"
 CACHE = "KGTRUN_CACHE"
 CACHE_DIR = "KGTRUN_CACHE_DIR"
 CACHE_BYTES = "KGTRUN_CACHE_BYTES"
+LAUNCH_ID = "KGTRUN_LAUNCH_ID"
+RUNTIME_DIR = "KGTRUN_RUNTIME_DIR"
+HEARTBEAT = "KGTRUN_HEARTBEAT"
+ERROR_FILE = "KGTRUN_ERROR_FILE"
+STACK_FILE = "KGTRUN_STACK_FILE"
 
 DESCRIPTIONS: dict[str, str] = {
     OFF: "1: FreezeAwareDDP behaves as plain DistributedDataParallel",
@@ -40,6 +45,11 @@ DESCRIPTIONS: dict[str, str] = {
     CACHE: "activation cache: off, auto or on",
     CACHE_DIR: "directory of the activation cache",
     CACHE_BYTES: "byte budget of the activation cache on this node",
+    LAUNCH_ID: "marks every process of one launch, so that none is left behind",
+    RUNTIME_DIR: "node-local directory (mode 0700) of this launch, removed at its end",
+    HEARTBEAT: "file this trainer's progress is written to, see kgtrun.contract.heartbeat",
+    ERROR_FILE: "file the boot step writes an uncaught exception of this trainer to",
+    STACK_FILE: "file this trainer's stacks are appended to when the launcher asks for them",
 }
 
 

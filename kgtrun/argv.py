@@ -1,0 +1,131 @@
+"""Reads the command line of a launch the way torchrun's users type it.
+
+Options end at the first word that is none: the script; everything behind it is the script's. Names may be written with
+dashes or underscores, shortened as far as they stay unambiguous, and joined to their value by `=` or a blank.
+
+Errors: `UsageError` with what would be valid, the nearest names for an unknown option.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kgtrun.options import ALL, Option
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood; exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A command line, read: values by option, and what is the script's."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    """By `Option.dest`: given on the command line, in the environment, or the default; flags are "1" or "0"."""
+    given: frozenset[str] = frozenset()
+    """Those that do not have their default."""
+    script: tuple[str, ...] = ()
+
+    def text(self, name: str) -> str:
+        return self.values.get(name, "")
+
+    def flag(self, name: str) -> bool:
+        return self.values.get(name, "0") not in ("", "0")
+
+
+_BY_NAME = {option.name: option for option in ALL}
+_BY_SHORT = {option.short: option for option in ALL if option.short}
+
+
+def find_option(written: str) -> Option:
+    """The option a long name means, dashes, underscores and unambiguous prefixes allowed.
+
+    Raises:
+        UsageError: none or several.
+    """
+    name = written.replace("_", "-")
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    candidates = sorted(known for known in _BY_NAME if known.startswith(name)) if name else []
+    if len(candidates) == 1:
+        return _BY_NAME[candidates[0]]
+    if candidates:
+        raise UsageError(f"--{written} could be any of {', '.join('--' + c for c in candidates)}")
+    near = difflib.get_close_matches(name, _BY_NAME, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join('--' + n for n in near)}?" if near else "see kgtrun --help"
+    raise UsageError(f"no option --{written}: {hint}")
+
+
+def _check(option: Option, value: str, source: str) -> str:
+    if option.choices and value not in option.choices:
+        raise UsageError(f"{source} is {value!r}: choose from {', '.join(option.choices)}")
+    return value
+
+
+def _flag_from_variable(option: Option, text: str) -> str:
+    low = text.strip().lower()
+    if low in ("1", "true", "yes", "on") or (low.isdecimal() and int(low)):
+        return "1"
+    if low in ("0", "false", "no", "off"):
+        return "0"
+    raise UsageError(f"{option.variable}={text!r} is not a switch: use 1 or 0")
+
+
+def _defaults(environ: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+    values, given = {}, set()
+    for option in ALL:
+        text = environ.get(option.variable, "") if option.variable else ""
+        if text:
+            value = _flag_from_variable(option, text) if option.flag else _check(option, text, option.variable or "")
+            values[option.dest] = value
+            given.add(option.dest)
+        elif option.default is not None:
+            values[option.dest] = option.default
+    return values, given
+
+
+def read(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Request:
+    """Read one command line.
+
+    Raises:
+        UsageError: as the module says.
+    """
+    values, given = _defaults(os.environ if environ is None else environ)
+    words = list(argv)
+    while words:
+        word = words[0]
+        if word == "--":
+            words.pop(0)
+            break
+        if not word.startswith("-") or word == "-":
+            break
+        words.pop(0)
+        option, value = _split(word)
+        if option.flag:
+            if value is not None:
+                raise UsageError(f"--{option.name} takes no value")
+            value = "1"
+        elif value is None:
+            if not words:
+                raise UsageError(f"--{option.name} needs a value")
+            value = words.pop(0)
+        values[option.dest] = _check(option, value, f"--{option.name}")
+        given.add(option.dest)
+    return Request(values=values, given=frozenset(given), script=tuple(words))
+
+
+def _split(word: str) -> tuple[Option, str | None]:
+    """Option and joined value of one word that starts with a dash."""
+    if word.startswith("--"):
+        name, joined, value = word[2:].partition("=")
+        return find_option(name), value if joined else None
+    option = _BY_SHORT.get(word[1])
+    if option is None:
+        shorts = ", ".join(f"-{s}" for s in sorted(_BY_SHORT))
+        raise UsageError(f"no option {word}: the short ones are {shorts}; see kgtrun --help")
+    rest = word[2:].removeprefix("=")
+    return option, rest or None

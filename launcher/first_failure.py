@@ -1,0 +1,94 @@
+"""Which rank failed first, and what it said.
+
+Order: the moment a rank raised (stamped by its boot step, where the exception was not caught) or, without that, the
+moment its process ended. The process that raised first is the cause even if its interpreter takes longer to shut down
+than that of a peer that lost its connection to it. Ranks that ended after we began to end them are consequences.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.endings import Ending
+from launcher.outcome import Failure
+
+_NUM_LAST_LINES = 20
+_LAST_BYTES = 16384
+
+
+def read_error(path: Path) -> dict[str, Any]:
+    """What the boot step wrote about an uncaught exception: `monotonic_s` and `traceback`; empty without it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_torch_error(path: Path) -> str:
+    """The traceback in torch's error file, for a command that is not run by the boot step but uses @record."""
+    message = read_error(path).get("message", "")
+    if isinstance(message, dict):
+        return str(message.get("extraInfo", {}).get("py_callstack", message.get("message", "")))
+    return str(message)
+
+
+def last_lines(path: Path | None) -> tuple[str, ...]:
+    """The end of a log file, at most 20 lines."""
+    if path is None:
+        return ()
+    try:
+        with open(path, "rb") as f:
+            f.seek(0, 2)
+            f.seek(max(0, f.tell() - _LAST_BYTES))
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(text.splitlines()[-_NUM_LAST_LINES:])
+
+
+def gather(
+    endings: Iterable[Ending],
+    *,
+    begun_s: float,
+    ended_by_us_s: float | None,
+    rank_of: Callable[[int], int],
+    error_of: Callable[[int], Path],
+    torch_error_of: Callable[[int], Path | None],
+    stderr_of: Callable[[int], Path | None],
+) -> tuple[Failure, ...]:
+    """Failures of one attempt, the first one first.
+
+    Args:
+        endings: ranks by local rank, in the order in which they ended.
+        begun_s: monotonic time of the launch.
+        ended_by_us_s: monotonic time at which we began to end ranks, None if we did not.
+    """
+    found: list[tuple[float, Failure]] = []
+    for ending in endings:
+        if ending.returncode == 0:
+            continue
+        error = read_error(error_of(ending.key))
+        moment_s = min(float(error.get("monotonic_s", ending.monotonic_s)), ending.monotonic_s)
+        torch_error = torch_error_of(ending.key)
+        stderr = stderr_of(ending.key)
+        failure = Failure(
+            rank=rank_of(ending.key),
+            local_rank=ending.key,
+            host=socket.gethostname(),
+            pid=ending.pid,
+            returncode=ending.returncode,
+            after_s=round(moment_s - begun_s, 3),
+            traceback=str(error.get("traceback", "")) or (read_torch_error(torch_error) if torch_error else ""),
+            log_path=str(stderr or ""),
+            last_lines=last_lines(stderr),
+            consequence=ended_by_us_s is not None and moment_s > ended_by_us_s,
+        )
+        found.append((moment_s, failure))
+    found.sort(key=lambda item: (item[1].consequence, item[0]))
+    return tuple(replace(f, consequence=f.consequence or i > 0) for i, (_, f) in enumerate(found))

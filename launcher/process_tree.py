@@ -1,0 +1,122 @@
+"""Finds and ends whole trees of processes on this host, grandchildren included.
+
+Owns: who belongs to a launch, and TERM, bounded wait, KILL. A process belongs to a launch when it carries the launch's
+marker in its initial environment (inherited through fork and exec, whatever its parent and session have become), is in
+the session of one of the given processes (a child that cleared its environment), or descends from any of these. Only
+processes of the same user are ever looked at: others' environments cannot be read.
+
+Standard library only and no other module of ours: the reaper runs this after the launcher has died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+_POLL_S = 0.02
+
+
+def pids() -> list[int]:
+    """All processes of this host."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What /proc/PID/stat says of one process."""
+
+    state: str
+    """R running, S sleeping, D uninterruptible, T stopped, t traced, Z zombie, X dead."""
+    parent: int
+    session: int
+
+
+def stat(pid: int) -> Stat | None:
+    """Read one process, None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            text = f.read()
+    except OSError:
+        return None
+    # The name stands in parentheses and may itself hold spaces and parentheses: the last one ends it.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[3]))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    found = stat(pid)
+    return found is not None and found.state not in "ZX"
+
+
+def carries(pid: int, marker: str) -> bool:
+    """Whether the process was started with `marker` (NAME=VALUE) in its environment."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as f:
+            return bool(marker) and marker.encode() in f.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def members(marker: str, roots: Iterable[int] = (), *, exclude: Iterable[int] = ()) -> set[int]:
+    """Living processes that carry `marker`, are in the session of one of `roots`, or descend from either."""
+    table = {pid: its for pid in pids() if (its := stat(pid)) and its.state not in "ZX"}
+    sessions = set(roots)
+    found = {pid for pid, its in table.items() if its.session in sessions or carries(pid, marker)}
+    children: dict[int, list[int]] = {}
+    for pid, its in table.items():
+        children.setdefault(its.parent, []).append(pid)
+    todo = list(found)
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            if child not in found:
+                found.add(child)
+                todo.append(child)
+    return found - {*exclude, os.getpid()}
+
+
+def send(pids: Iterable[int], signum: int) -> None:
+    """Signal each process that still exists."""
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def terminate(
+    find: Callable[[], set[int]],
+    *,
+    polite: Iterable[int],
+    signum: int,
+    grace_s: float,
+    hurry: Callable[[], bool] = lambda: False,
+    kill_wait_s: float = 10.0,
+    between: Callable[[], object] = lambda: None,
+) -> set[int]:
+    """End every process `find` returns: `signum` to `polite`, up to `grace_s`, then KILL until none is left.
+
+    Stopped processes are continued, or they could not act on the polite signal. `find` is asked again and again,
+    because a process may fork while it is being ended. `hurry` cuts the grace short; `between` runs at each poll
+    (zombies to reap). Returns what could not be ended within `kill_wait_s`, normally nothing.
+    """
+    polite = list(polite)
+    send(polite, signum)
+    send(polite, signal.SIGCONT)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and not hurry():
+        between()
+        if not any(alive(pid) for pid in polite):
+            break
+        time.sleep(_POLL_S)
+    deadline = time.monotonic() + kill_wait_s
+    while True:
+        between()
+        left = find()
+        if not left or time.monotonic() > deadline:
+            return left
+        send(left, signal.SIGKILL)
+        time.sleep(_POLL_S)

@@ -1,0 +1,38 @@
+"""Every private name of torch that the launcher relies on, with its reason. Tested with torch 2.13.
+
+`SimpleElasticAgent` declares `_start_workers`, `_monitor_workers`, `_shutdown` and `_stop_workers` abstract: they are
+its extension points, underscore and all. The rest is listed here because it is not declared for others' use. A test
+asserts that each name exists, so that a new torch release says what moved.
+"""
+
+from __future__ import annotations
+
+NAMES: dict[str, str] = {
+    "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._start_workers": "to learn the pids",
+    "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._monitor_workers": "first failure",
+    "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._shutdown": "whole trees, one grace",
+    "torch.distributed.elastic.agent.server.api:SimpleElasticAgent._remaining_restarts": "only set in its __init__",
+    "torch.distributed.elastic.multiprocessing.api:SubprocessContext._close": "closed with no grace left",
+    "torch.distributed.elastic.multiprocessing.api:DefaultLogsSpecs._make_log_dir": "log paths without a random part",
+}
+"""Name → what it is used for."""
+
+
+def worker_processes(context) -> dict[int, object]:
+    """Popen of each local rank. `PContext.pids()` is public, but exit codes in order need the process objects."""
+    return {local_rank: handler.proc for local_rank, handler in context.subprocess_handlers.items()}
+
+
+def worker_context(agent):
+    """The agent's process context, None before the first start: there is no public accessor."""
+    return agent._pcontext
+
+
+def restarts_left(agent) -> int:
+    """Restarts that remain: the agent counts them down in a private attribute."""
+    return agent._remaining_restarts
+
+
+def set_log_directory(specs, directory: str) -> None:
+    """Fix the directory that DefaultLogsSpecs would otherwise make up: users must find their logs."""
+    specs._run_log_dir = directory

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+from kgtrun.argv import read
+from kgtrun.contract import environment as names
+from kgtrun.plan import describe, make_plan
+
+
+def plan(line: str, **environ: str):
+    return make_plan(read(line.split(), environ), environ)
+
+
+def test_one_node_meets_on_a_free_local_port():
+    job = plan("train.py").rendezvous
+    assert (job.backend, job.endpoint) == ("c10d", "localhost:0")
+
+
+def test_several_nodes_meet_at_the_master_unless_told_otherwise():
+    job = plan("--nnodes 2 --node-rank 1 --master-addr h0 train.py").rendezvous
+    assert (job.backend, job.endpoint, job.node_rank) == ("static", "h0:29500", 1)
+    job = plan("--nnodes 1:4 --rdzv-backend c10d --rdzv-endpoint h0:1 --rdzv-id j --rdzv-conf a=1,b=2 x.py").rendezvous
+    assert (job.min_nodes, job.max_nodes, job.run_id, job.settings) == (1, 4, "j", {"a": "1", "b": "2"})
+
+
+def test_commands():
+    assert plan("train.py --x 1").ranks.command[0] == sys.executable
+    assert plan("train.py --x 1").ranks.command[-4:] == ("script", "train.py", "--x", "1")
+    assert plan("-m pkg.train").ranks.command[-2:] == ("module", "pkg.train")
+    assert plan("--no-python ./run.sh a").ranks.command == ("./run.sh", "a")
+    assert plan("train.py", PYTHON_EXEC="/opt/py").ranks.command[0] == "/opt/py"
+
+
+def test_trainers_are_told_by_the_names_of_the_contract():
+    found = plan("--policy linear:stop=0.5 --total-steps 9 --deterministic --cache on --cache-bytes 2G x.py")
+    told = found.ranks.environment
+    assert told[names.POLICY] == "linear:stop=0.5" and told[names.TOTAL_STEPS] == "9"
+    assert told[names.DETERMINISTIC] == "1" and told[names.CACHE_BYTES] == str(2 * 2**30)
+    assert plan("--off x.py").ranks.environment[names.OFF] == "1"
+    assert names.OFF not in plan("x.py").ranks.environment
+
+
+@pytest.mark.parametrize(
+    ("line", "count"), [("x.py", 0), ("--policy kgt:x=1 x.py", 1), ("--policy kgt --off x.py", 0), ("--ref 2 x.py", 2)]
+)
+def test_references_follow_the_policy(line, count):
+    line = line.replace("--ref ", "--ref-per-node ")
+    assert plan(line).sidecars.count == count
+
+
+def test_streams_signals_and_timeouts():
+    found = plan("--tee 0:3,12:1 --signals-to-handle TERM,SIGUSR1 --shutdown-timeout 5 x.py")
+    assert found.logs.tee == {0: 3, 12: 1}
+    assert found.stop_signals == (signal.SIGTERM, signal.SIGUSR1)
+    assert found.shutdown_timeout_s == 5
+    assert plan("x.py", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").shutdown_timeout_s == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "no training script"),
+        ("--nnodes two x.py", "N or MIN:MAX"),
+        ("--nnodes 3:2 x.py", "MIN <= MAX"),
+        ("--nproc-per-node 0 x.py", "at least one rank"),
+        ("--max-restarts x x.py", "whole number"),
+        ("--max-restarts -1 x.py", "0 or more"),
+        ("--tee 7 x.py", "3 \\(both\\)"),
+        ("--signals-to-handle SIGFOO x.py", "SIGTERM,SIGINT"),
+        ("--rdzv-conf a x.py", "KEY=VALUE"),
+        ("--no-python -m x", "exclude"),
+        ("--run-path x.py", "absolute"),
+        ("--cache-bytes lots x.py", "K, M, G or T"),
+        ("--local-ranks-filter a x.py", "0,1,12"),
+    ],
+)
+def test_mistakes_are_value_errors_that_say_what_is_valid(line, message):
+    with pytest.raises(ValueError, match=message):
+        plan(line)
+
+
+def test_a_plan_is_json():
+    import json
+
+    json.dumps(describe(plan("--local-ranks-filter 0 --duplicate-stdout-filters a,,b,c x.py")))
+    assert plan("--duplicate-stdout-filters a,,b,c x.py").logs.stdout_filters == ("a,b", "c")
