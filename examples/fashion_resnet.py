@@ -159,10 +159,10 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def frozen_so_far(model: nn.Module) -> str:
-    if not hasattr(model, "freezing"):
+    freezing = getattr(model, "freezing", None)
+    if freezing is None or not freezing.active:
         return ""
-    summary = model.freezing.summary()
-    return f"  {summary['frontier']} of {summary['num_blocks']} blocks frozen"
+    return f"  {freezing.frontier} of {freezing.summary()['num_blocks']} blocks frozen"
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -172,9 +172,9 @@ def report(figures: dict[str, Any]) -> str:
         f"training took    {figures['train_wall_s']:.1f} s, "
         f"{figures['train_cpu_s']:.1f} CPU seconds over {figures['world_size']} ranks",
     ]
-    saved = figures.get("freezing")
-    if saved is None:
-        return "\n".join([*lines, "blocks frozen    none: stock DistributedDataParallel"])
+    saved = figures.get("freezing", {"active": False, "reason": "stock DistributedDataParallel"})
+    if not saved["active"]:
+        return "\n".join([*lines, f"blocks frozen    none: {saved['reason']}"])
     when = ", ".join(f"{f['frontier']} from step {f['step']}" for f in saved["freezes"]) or "none"
     lines.append(f"blocks frozen    {when} (of {saved['num_blocks']} blocks, {figures['steps']} steps)")
     reduced, dropped = saved["reduced_bytes"], saved["dropped_bytes"]

@@ -44,3 +44,25 @@ def test_stock_ddp_under_torchrun(tiny_fashion: Path, tmp_path: Path) -> None:
     assert "freezing" not in figures
     assert figures["steps"] == 32
     assert figures["accuracy"] > 0.5
+
+
+def test_under_torchrun_nothing_is_frozen_and_it_says_why(tiny_fashion: Path, tmp_path: Path) -> None:
+    text, figures = train(TORCHRUN, tiny_fashion, tmp_path)
+    assert "blocks frozen    none: started without kgtrun" in text
+    assert not figures["freezing"]["active"]
+
+
+def test_under_kgtrun_the_schedule_freezes_eight_of_ten_blocks(tiny_fashion: Path, tmp_path: Path) -> None:
+    text, figures = train([*KGTRUN, "--policy", "linear"], tiny_fashion, tmp_path)
+    freezing = figures["freezing"]
+    assert (freezing["num_blocks"], freezing["frontier"], freezing["steps"]) == (10, 8, 32)
+    assert freezing["dropped_bytes"] > 0
+    assert figures["accuracy"] > 0.3
+    assert "8 of 10 blocks frozen" in text
+    assert "not sent" in text
+
+
+def test_the_quick_start_of_the_readme_freezes(tmp_path: Path) -> None:
+    text = run([*KGTRUN, "--policy", "linear", str(EXAMPLES / "quickstart.py")], tmp_path)
+    assert "epoch 7" in text
+    assert text.count("frozen   ") == 4

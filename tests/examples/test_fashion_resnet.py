@@ -53,6 +53,7 @@ def test_about_half_of_the_images_are_flipped_and_none_changed_otherwise() -> No
 
 def test_the_report_says_what_was_saved() -> None:
     freezing = {
+        "active": True,
         "num_blocks": 10,
         "freezes": [{"step": 40, "frontier": 4}, {"step": 80, "frontier": 8}],
         "reduced_bytes": 30_000_000,
