@@ -177,12 +177,22 @@ def report(figures: dict[str, Any]) -> str:
         return "\n".join([*lines, f"blocks frozen    none: {saved['reason']}"])
     when = ", ".join(f"{f['frontier']} from step {f['step']}" for f in saved["freezes"]) or "none"
     lines.append(f"blocks frozen    {when} (of {saved['num_blocks']} blocks, {figures['steps']} steps)")
+    lines.append(
+        f"backward passes  {backward_left_out(saved, figures['steps']):.0%} of them left out, by block and step"
+    )
     reduced, dropped = saved["reduced_bytes"], saved["dropped_bytes"]
     share = dropped / max(reduced + dropped, 1)
     lines.append(
-        f"gradient bytes   {reduced / 1e6:.1f} MB reduced, {dropped / 1e6:.1f} MB not sent ({share:.0%}), a rank"
+        f"gradients        {reduced / 1e6:.1f} MB reduced, {dropped / 1e6:.1f} MB left out ({share:.0%}) by each rank"
     )
     return "\n".join(lines)
+
+
+def backward_left_out(saved: dict[str, Any], num_steps: int) -> float:
+    """Share of all (block, step) pairs in which a block was frozen and had no backward pass."""
+    ends = [freeze["step"] for freeze in saved["freezes"][1:]] + [num_steps]
+    pairs = zip(saved["freezes"], ends, strict=False)
+    return sum(f["frontier"] * (end - f["step"]) for f, end in pairs) / (saved["num_blocks"] * num_steps)
 
 
 def main() -> None:

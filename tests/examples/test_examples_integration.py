@@ -59,7 +59,7 @@ def test_under_kgtrun_the_schedule_freezes_eight_of_ten_blocks(tiny_fashion: Pat
     assert freezing["dropped_bytes"] > 0
     assert figures["accuracy"] > 0.3
     assert "8 of 10 blocks frozen" in text
-    assert "not sent" in text
+    assert "left out" in text
 
 
 def test_the_quick_start_of_the_readme_freezes(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def test_the_report_says_what_was_saved() -> None:
     )
     assert "91.37%" in text
     assert "4 from step 40, 8 from step 80 (of 10 blocks, 160 steps)" in text
-    assert "30.0 MB reduced, 10.0 MB not sent (25%)" in text
+    assert "30.0 MB reduced, 10.0 MB left out (25%)" in text
+    assert "50% of them left out" in text
     assert "100.0 s, 190.0 CPU seconds over 2 ranks" in text
 
 
