@@ -68,6 +68,7 @@ def launch_command(argv: Sequence[str]) -> int:
         print(json.dumps(data, indent=2) if request.flag("json") else "\n".join(_outline(data)))
         return 0
     logging.basicConfig(format="kgtrun: %(message)s", level=logging.WARNING)
+    logging.getLogger("launcher").setLevel(logging.INFO)
     from launcher.supervisor import launch
 
     try:

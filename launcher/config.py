@@ -117,7 +117,6 @@ class SidecarSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     index_variable: str = "KGTRUN_REFERENCE_INDEX"
     max_restarts: int = 5
-    niceness: int = 5
 
     def __post_init__(self) -> None:
         if self.count < 0:

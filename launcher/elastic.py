@@ -260,12 +260,11 @@ def run(agent: RankAgent, event_log_handler: str) -> RunResult | None:
             handler.shutdown()
 
 
-def log_paths(agent: RankAgent, local_rank: int) -> tuple[Path | None, Path | None]:
-    """Files of a rank's stdout and stderr, None where they go to the console alone."""
+def stderr_path(agent: RankAgent, local_rank: int) -> Path | None:
+    """File of a rank's stderr, None where it goes to the console alone."""
     context = torch_private.worker_context(agent)
-    paths = (context.stdouts.get(local_rank), context.stderrs.get(local_rank)) if context else ("", "")
-    out, err = (Path(path) if path and path != os.devnull else None for path in paths)
-    return out, err
+    path = context.stderrs.get(local_rank) if context else None
+    return Path(path) if path and path != os.devnull else None
 
 
 def error_path(agent: RankAgent, local_rank: int) -> Path | None:

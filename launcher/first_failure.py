@@ -61,6 +61,7 @@ def gather(
     error_of: Callable[[int], Path],
     torch_error_of: Callable[[int], Path | None],
     stderr_of: Callable[[int], Path | None],
+    hint_of: Callable[[Ending], str] = lambda _: "",
 ) -> tuple[Failure, ...]:
     """Failures of one attempt, the first one first.
 
@@ -77,6 +78,7 @@ def gather(
         moment_s = min(float(error.get("monotonic_s", ending.monotonic_s)), ending.monotonic_s)
         torch_error = torch_error_of(ending.key)
         stderr = stderr_of(ending.key)
+        consequence = ended_by_us_s is not None and moment_s > ended_by_us_s
         failure = Failure(
             rank=rank_of(ending.key),
             local_rank=ending.key,
@@ -87,7 +89,8 @@ def gather(
             traceback=str(error.get("traceback", "")) or (read_torch_error(torch_error) if torch_error else ""),
             log_path=str(stderr or ""),
             last_lines=last_lines(stderr),
-            consequence=ended_by_us_s is not None and moment_s > ended_by_us_s,
+            hint="" if consequence else hint_of(ending),
+            consequence=consequence,
         )
         found.append((moment_s, failure))
     found.sort(key=lambda item: (item[1].consequence, item[0]))

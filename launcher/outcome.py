@@ -15,6 +15,8 @@ from typing import Any
 from launcher.errors import describe_exit, exit_status
 
 SUCCEEDED, FAILED, SIGNALLED = "succeeded", "failed", "signalled"
+HUNG_EXIT_CODE = 124
+"""As timeout(1) has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

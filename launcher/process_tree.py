@@ -52,13 +52,21 @@ def alive(pid: int) -> bool:
     return found is not None and found.state not in "ZX"
 
 
-def carries(pid: int, marker: str) -> bool:
-    """Whether the process was started with `marker` (NAME=VALUE) in its environment."""
+def variable(pid: int, name: str) -> list[str]:
+    """Value of a variable in the environment a process was started with, as a list of one or none."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:
-            return bool(marker) and marker.encode() in f.read().split(b"\0")
+            items = f.read().split(b"\0")
     except OSError:
-        return False
+        return []
+    start = name.encode() + b"="
+    return [item[len(start) :].decode(errors="replace") for item in items if item.startswith(start)]
+
+
+def carries(pid: int, marker: str) -> bool:
+    """Whether the process was started with `marker` (NAME=VALUE) in its environment; nobody carries the empty one."""
+    name, _, value = marker.partition("=")
+    return bool(marker) and value in variable(pid, name)
 
 
 def members(marker: str, roots: Iterable[int] = (), *, exclude: Iterable[int] = ()) -> set[int]:
@@ -76,6 +84,18 @@ def members(marker: str, roots: Iterable[int] = (), *, exclude: Iterable[int] = 
                 found.add(child)
                 todo.append(child)
     return found - {*exclude, os.getpid()}
+
+
+def reap_children(*, exclude: Iterable[int]) -> None:
+    """Collect zombies whose parent is this process, except those whose owner waits for them himself."""
+    me, excluded = os.getpid(), set(exclude)
+    for pid in pids():
+        found = stat(pid)
+        if found and found.state == "Z" and found.parent == me and pid not in excluded:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
 
 
 def send(pids: Iterable[int], signum: int) -> None:

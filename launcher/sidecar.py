@@ -30,10 +30,12 @@ _POLL_S = 0.1
 class Sidecar:
     """One side-car. States: down (never started), up, waiting (for its backoff), given up."""
 
-    def __init__(self, spec: SidecarSpec, index: int, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, spec: SidecarSpec, index: int, environment_of: Callable[[int], Mapping[str, str]], log: Path
+    ) -> None:
         self.spec, self.index, self.log = spec, index, log
         self.restarts, self.given_up = 0, False
-        self._environment = {**environment, spec.index_variable: str(index)}
+        self._environment_of = environment_of
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = self._due_s = 0.0
         self._backoff_s = _FIRST_BACKOFF_S
@@ -47,16 +49,12 @@ class Sidecar:
         with open(self.log, "ab") as output:
             self._process = subprocess.Popen(
                 self.spec.command,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **self._environment_of(self.index), self.spec.index_variable: str(self.index)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        try:
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, self.spec.niceness)
-        except (OSError, ValueError):
-            pass
         self._started_s = time.monotonic()
         return self._process.pid
 
@@ -93,13 +91,13 @@ class SidecarKeeper:
     def __init__(
         self,
         spec: SidecarSpec,
-        environments: list[Mapping[str, str]],
         log_dir: Path,
         *,
+        environment_of: Callable[[int], Mapping[str, str]],
         event: Callable[..., object],
-        started: Callable[[int], object],
+        started: Callable[[Sidecar], object],
     ) -> None:
-        self.sidecars = [Sidecar(spec, i, env, log_dir / f"reference{i}.log") for i, env in enumerate(environments)]
+        self.sidecars = [Sidecar(spec, i, environment_of, log_dir / f"reference{i}.log") for i in range(spec.count)]
         self._event, self._started = event, started
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -132,7 +130,7 @@ class SidecarKeeper:
                 logger.warning("reference %d cannot be started: %s", sidecar.index, error)
                 return
             sidecar.restarts += not first
-            self._started(pid)
+            self._started(sidecar)
             self._event("reference_start", reference=sidecar.index, child_pid=pid, restarts=sidecar.restarts)
 
     def stop_watching(self) -> None:

@@ -1,0 +1,88 @@
+"""Shares the cores of this node among ranks and side-cars. A pure function of numbers, but for `taken_by_others`.
+
+With two physical cores or more for each rank and one for each side-car, and no cgroup quota (under which a core of
+one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA order and side-cars the last cores.
+Otherwise nothing is pinned: on a crowded machine the scheduler does better than any fixed share. Data-loader workers
+inherit the cores of their rank; from four cores on, one is left to them when threads are counted.
+
+OMP_NUM_THREADS follows the share and is not 1 for everyone. What the user has set himself is never touched: that is
+decided by the caller, who knows the environment.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launcher import process_tree
+from launcher.topology import Topology, format_cpus, parse_cpus
+
+_CORES_WORTH_A_LOADER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """What each process gets."""
+
+    ranks: tuple[frozenset[int], ...]
+    """Logical cores by local rank; empty sets where nothing is pinned."""
+    sidecars: tuple[frozenset[int], ...]
+    rank_threads: int
+    sidecar_threads: int
+    words: str
+    """One line for the user."""
+
+
+def share(topology: Topology, *, num_ranks: int, num_sidecars: int, taken: Iterable[int] = ()) -> Shares:
+    """Divide the cores. `taken` are logical cores that another launch has pinned."""
+    busy = frozenset(taken)
+    cores = topology.physical()
+    free = [core for core in cores if not core & busy]
+    allowed = len(cores) if topology.quota is None else min(len(cores), max(1, math.ceil(topology.quota)))
+    enough = len(free) >= 2 * num_ranks + num_sidecars
+    if topology.quota is not None and topology.quota < len(cores):
+        return _unpinned(
+            allowed, num_ranks, num_sidecars, f"the cgroup grants {topology.quota:g} of {len(cores)} cores"
+        )
+    if not enough:
+        why = f"{len(free)} of {allowed} cores are free" if busy & frozenset().union(*cores) else f"{allowed} cores"
+        return _unpinned(allowed, num_ranks, num_sidecars, why)
+    return _pinned(free, num_ranks, num_sidecars)
+
+
+def _unpinned(allowed: int, num_ranks: int, num_sidecars: int, why: str) -> Shares:
+    left = allowed - num_sidecars if allowed - num_sidecars >= num_ranks else allowed
+    threads = max(1, left // num_ranks)
+    return Shares(
+        ranks=(frozenset(),) * num_ranks,
+        sidecars=(frozenset(),) * num_sidecars,
+        rank_threads=threads,
+        sidecar_threads=1,
+        words=f"{why}: none pinned, OMP_NUM_THREADS={threads} for each of {num_ranks} ranks",
+    )
+
+
+def _pinned(free: list[frozenset[int]], num_ranks: int, num_sidecars: int) -> Shares:
+    for_ranks = free[: len(free) - num_sidecars]
+    size = len(for_ranks) // num_ranks
+    ranks = tuple(frozenset().union(*for_ranks[i * size : (i + 1) * size]) for i in range(num_ranks))
+    sidecars = tuple(free[len(free) - num_sidecars + i] for i in range(num_sidecars))
+    threads = size - 1 if size >= _CORES_WORTH_A_LOADER else size
+    words = f"{num_ranks} ranks get {size} cores each ({'; '.join(map(format_cpus, ranks))}), OMP_NUM_THREADS={threads}"
+    if sidecars:
+        words += f"; references get {'; '.join(map(format_cpus, sidecars))}"
+    return Shares(ranks=ranks, sidecars=sidecars, rank_threads=threads, sidecar_threads=1, words=words)
+
+
+def taken_by_others(variable: str) -> frozenset[int]:
+    """Cores that processes of this user name in `variable` in their environment: other launches on this node."""
+    found: set[int] = set()
+    for pid in process_tree.pids():
+        for value in process_tree.variable(pid, variable):
+            try:
+                found |= parse_cpus(value) & os.sched_getaffinity(pid)
+            except (ValueError, OSError):
+                continue
+    return frozenset(found)

@@ -1,0 +1,118 @@
+"""Order of endings, what is known about each, and how it is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher.endings import Ending, EndingWatch
+from launcher.errors import describe_exit, exit_status
+from launcher.first_failure import gather, last_lines, read_torch_error
+from launcher.memory import out_of_memory_kills
+from launcher.outcome import FAILED, Failure, Outcome
+
+
+def collect(endings, tmp_path, *, ended_by_us_s=None):
+    return gather(
+        endings,
+        begun_s=0.0,
+        ended_by_us_s=ended_by_us_s,
+        rank_of=lambda local: local + 8,
+        error_of=lambda local: tmp_path / f"error{local}",
+        torch_error_of=lambda _: None,
+        stderr_of=lambda local: tmp_path / f"stderr{local}",
+    )
+
+
+def test_the_one_that_raised_first_is_the_cause_even_if_its_process_ended_later(tmp_path):
+    (tmp_path / "error1").write_text(json.dumps({"monotonic_s": 9.9, "traceback": "ValueError: x"}))
+    (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 9.95, "traceback": "Connection closed by peer"}))
+    found = collect([Ending(0, 10, 1, 10.0), Ending(1, 11, 1, 10.3)], tmp_path, ended_by_us_s=10.05)
+    assert [f.rank for f in found] == [9, 8]
+    assert found[0].traceback == "ValueError: x" and not found[0].consequence and found[1].consequence
+
+
+def test_ranks_we_ended_are_consequences_and_success_is_no_failure(tmp_path):
+    endings = [Ending(2, 12, 0, 9.0), Ending(1, 11, -9, 10.0), Ending(0, 10, -15, 10.2)]
+    found = collect(endings, tmp_path, ended_by_us_s=10.1)
+    assert [(f.rank, f.consequence) for f in found] == [(9, False), (8, True)]
+
+
+@pytest.mark.integration
+def test_endings_are_noted_in_order_without_reaping():
+    codes = ["import time; time.sleep(0.6); raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "pass"]
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", code]) for code in codes]
+    watch = EndingWatch({i: p.pid for i, p in enumerate(processes)})
+    watch.settle(10)
+    assert watch.failed.is_set() and watch.running() == []
+    assert {e.key: e.returncode for e in watch.endings} == {0: 3, 1: -9, 2: 0}
+    assert watch.endings[-1].key == 0
+    assert [p.wait(5) for p in processes] == [3, -9, 0]
+    watch.close()
+
+
+def test_codes_and_words():
+    assert (exit_status(3), exit_status(-9), exit_status(0)) == (3, 137, 0)
+    assert describe_exit(-11) == "SIGSEGV (signal 11)" and describe_exit(2) == "exit code 2"
+
+
+def test_last_lines_and_torchs_error_file(tmp_path):
+    (tmp_path / "log").write_text("\n".join(str(i) for i in range(10000)))
+    assert last_lines(tmp_path / "log")[-1] == "9999" and len(last_lines(tmp_path / "log")) == 20
+    assert last_lines(tmp_path / "none") == () and last_lines(None) == ()
+    (tmp_path / "e").write_text(json.dumps({"message": {"message": "m", "extraInfo": {"py_callstack": "stack"}}}))
+    assert read_torch_error(tmp_path / "e") == "stack"
+
+
+def test_the_report_puts_the_first_failure_above_its_consequences(tmp_path):
+    common = {"host": "h", "pid": 1, "after_s": 2.0, "log_path": "logs/1"}
+    first = Failure(rank=1, local_rank=1, returncode=-9, hint="killed by the kernel", last_lines=("bye",), **common)
+    other = Failure(rank=0, local_rank=0, returncode=1, consequence=True, **common)
+    text = Outcome(status=FAILED, exit_code=137, seconds=3.0, failures=(first, other)).report()
+    assert text.index("rank 1 on h") < text.index("consequence") < text.index("rank 0 on h")
+    assert "SIGKILL (signal 9)" in text and "killed by the kernel" in text and "bye" in text and "logs/1" in text
+
+
+def test_the_result_keeps_what_others_have_written(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text('{"accuracy": 0.9}')
+    Outcome(status=FAILED, exit_code=1, seconds=1.0).write(path)
+    assert json.loads(path.read_text())["accuracy"] == 0.9
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_out_of_memory_kills_are_read_from_the_cgroup(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    (tmp_path / "sys/fs/cgroup/job").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/job/memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    assert out_of_memory_kills(tmp_path) == 2
+
+
+@pytest.mark.integration
+def test_members_of_a_launch_are_found_by_marker_session_and_descent():
+    from launcher.process_tree import members, terminate
+
+    marked = subprocess.Popen(["sh", "-c", "env -i sleep 50 & sleep 51"], env={"PATH": "/usr/bin:/bin", "MARK": "x1"})
+    unmarked = subprocess.Popen(["setsid", "sh", "-c", "sleep 52 & wait"], env={"PATH": "/usr/bin:/bin"})
+    try:
+        deadline = time.monotonic() + 5
+        while len(members("MARK=x1", [unmarked.pid])) < 5 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(members("MARK=x1")) == 3
+        assert len(members("MARK=x1", [unmarked.pid])) == 5
+        assert members("MARK=x2") == set() == members("")
+    finally:
+        left = terminate(
+            lambda: members("MARK=x1", [unmarked.pid]),
+            polite=[marked.pid],
+            signum=15,
+            grace_s=1,
+        )
+        assert left == set()
+        marked.wait(5)
+        unmarked.wait(5)
