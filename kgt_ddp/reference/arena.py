@@ -10,6 +10,7 @@ into the mapping (one copy), the reference reads it from there.
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 from collections.abc import Callable, Mapping
@@ -151,10 +152,8 @@ class Layout:
         views = {}
         for name, (dtype_name, shape, offset) in self.entries.items():
             dtype = _DTYPES.get(dtype_name)
-            count = 1
-            for length in shape:
-                count *= length
-            if dtype is None or count < 0 or offset < 0 or offset + count * dtype.itemsize > size:
+            count = math.prod(shape)
+            if dtype is None or min(shape, default=0) < 0 or offset < 0 or offset + count * dtype.itemsize > size:
                 raise ProtocolError(f"a layout that puts {name!r} outside of its slot")
             if count == 0:
                 views[name] = torch.empty(shape, dtype=dtype)

@@ -9,7 +9,9 @@
 are all that has to be remembered of it: a (samples, samples) matrix per block. The others remember weights, and run the
 older snapshots again on the new samples. docs/reference-model.md has what each can see and what it costs.
 
-A distance is only ever compared exactly: a step whose counterpart was dropped on the way gives no score for that lag.
+A distance is only ever compared exactly: a step whose counterpart was dropped on the way gives no score for that lag. A
+reference that cannot keep up with the interval at which it is given work therefore answers few lags or none; the
+caller sees that by `Stats.dropped` and `Stats.superseded`, and asks less often.
 """
 
 from __future__ import annotations

@@ -163,6 +163,9 @@ class Worker:
             return False
         except (EOFError, OSError):
             return False
+        except Exception as error:  # whatever else a message may bring about ends its connection, not this process
+            self._refusals.note(f"{type(error).__name__}: {error}")
+            return False
         return True
 
     def _drop(self, connection: socket.socket) -> None:
