@@ -26,9 +26,14 @@ from torch import Tensor
 
 def first_floating_tensor(output: Any) -> Tensor | None:
     """The activation in a block's output: the tensor itself, or the first floating one in a tuple, list, mapping or
-    dataclass, depth first in their own order; None where there is none."""
+    dataclass, depth first in their own order; None where there is none.
+
+    A nested tensor is padded with zeros: torch's own encoder layers make one of a padded batch in evaluation mode.
+    """
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        if not output.is_floating_point():
+            return None
+        return torch.nested.to_padded_tensor(output, 0.0) if output.is_nested else output
     if isinstance(output, Mapping):
         parts = list(output.values())
     elif isinstance(output, (tuple, list)):

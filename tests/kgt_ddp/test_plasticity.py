@@ -84,6 +84,12 @@ def test_one_number_a_sample():
     assert similarity(torch.tensor([1.0, 2.0])).shape == (2, 2)
 
 
+def test_a_nested_tensor_counts_as_its_padded_form():
+    nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(1, 2)])
+    padded = first_floating_tensor((nested,))
+    assert padded.shape == (2, 3, 2) and padded[1, 1:].abs().sum() == 0
+
+
 @dataclass
 class Output:
     ids: torch.Tensor

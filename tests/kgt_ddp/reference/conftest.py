@@ -160,3 +160,11 @@ def _tools() -> Any:
         Reference=Reference,
         short_directory=short_directory,
     )
+
+
+@pytest.fixture(scope="module")
+def tools_of_module() -> Any:
+    """What fixtures of a test module need of this file."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(Reference=Reference, short_directory=short_directory)
