@@ -178,7 +178,7 @@ class Agreement:
         assert self._mask is not None
         message, work = self._mask
         if work is not None:
-            self._bounded("the mask of rank 0", work.wait)
+            self._bounded("the mask to travel from rank 0", work.wait)
         self._mask = None
         generation, *flags = message.tolist()
         mask = Mask.decode(flags, generation)

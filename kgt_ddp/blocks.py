@@ -116,12 +116,12 @@ class Blocks:
             for name, _ in module.named_buffers(recurse=False):
                 if home is not None:
                     everyone[home].buffers.append(prefix + name)
-        if not head.parameters and blocks:
+        # A head without parameters of its own still trains if it uses one of a block in front (a tied output layer).
+        head_trains = head.parameters or any(last == len(blocks) for b in blocks for last in b.shared.values())
+        if not head_trains and blocks:
             blocks[-1].modules += head.modules
             blocks[-1].buffers += head.buffers
             everyone = blocks
-        for block in everyone:
-            block.shared = {n: min(last, len(everyone) - 1) for n, last in block.shared.items()}
         self.blocks = everyone
 
     def state_dict(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from kgt_ddp import torch_private
@@ -110,8 +111,14 @@ class FreezeAwareDDP(DistributedDataParallel):
         freezing = self.freezing
         if isinstance(freezing, Inactive):
             return super().forward(*inputs, **kwargs)
-        forward = super().forward
-        return freezing.run_forward(lambda: forward(*inputs, **kwargs))
+        freezing.before_forward()
+        try:
+            output = super().forward(*inputs, **kwargs)
+        except BaseException:
+            freezing.forward_failed()
+            raise
+        freezing.after_forward(output)
+        return output
 
     def train(self, mode: bool = True) -> FreezeAwareDDP:
         super().train(mode)
@@ -128,6 +135,10 @@ class FreezeAwareDDP(DistributedDataParallel):
             raise RuntimeError("register_comm_hook can be called only once, as on DistributedDataParallel")
         self._check_comm_hook(hook)
         self.freezing.hook.inner = (hook, state)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        hook = super().join_hook(**kwargs)
+        return self.freezing.join_begins(hook) if isinstance(self.freezing, Freezing) else hook
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

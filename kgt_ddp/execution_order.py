@@ -9,6 +9,7 @@ Times are ticks of a counter: only their order means anything.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def watch(model: nn.Module) -> Iterator[ExecutionOrder]:
                 module.register_forward_hook(leaves, always_call=True),
             ):
                 stack.callback(handle.remove)
-        if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        if "torch._dynamo" in sys.modules:  # nothing is compiled without it, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch_private.reentrant_checkpoint_inputs(notice))
         stack.enter_context(_UseRecorder(order, {id(p) for p in model.parameters()}))

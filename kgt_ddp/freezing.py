@@ -2,7 +2,7 @@
 
 `FreezeAwareDDP` owns one of these as `ddp.freezing`; users call `describe`, `summary`, `state_dict` and `load_state_dict`.
 
-Life of a training step: `run_forward` (boundary: take part in the agreement, apply an agreed mask; then the forward itself)
+Life of a training step: `before_forward` (boundary: take part in the agreement, apply an agreed mask), forward, `after_forward`
 -> backward (the hook counts the last bucket) -> optimizer step (guard; the clock ticks). The first training forward is
 watched to learn the order of execution; the agreement begins with the next boundary.
 """
@@ -13,12 +13,13 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,7 @@ from kgt_ddp.agreement import LAG, Agreement, control_group, equalise
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
 from kgt_ddp.errors import KgtError
-from kgt_ddp.execution_order import watch
+from kgt_ddp.execution_order import ExecutionOrder, watch
 from kgt_ddp.mask import Mask
 from kgt_ddp.optimizer_guard import OptimizerGuard
 from kgt_ddp.policies.policy import Observation, Policy
@@ -88,6 +89,10 @@ class Freezing:
         self._agreement: Agreement | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._edge = PrefixEdge()
+        self._in_join = False
+        self._training = False
+        self._order: ExecutionOrder | None = None
+        self._around_forward = ExitStack()
         self._ignored_by_us: set[str] = set()
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -171,23 +176,48 @@ class Freezing:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def run_forward(self, forward: Callable[[], Any]) -> Any:
-        """Run one forward of the wrapper, with whatever is due before it."""
+    @torch_private.disable_dynamo
+    def before_forward(self) -> None:
+        """A forward of the wrapper begins: do whatever is due before it."""
         ddp = self._wrapper
         self.guard.restore()
         self.blocks.hold_eval()
-        if not (torch.is_grad_enabled() and ddp.training):
-            return forward()
-        self.clock.paused = torch_private.in_join(ddp)
+        self._training = torch.is_grad_enabled() and ddp.training
+        if not self._training:
+            return
+        self.clock.paused = self._in_join and torch_private.join_enabled(ddp)
         if self.clock.forward_begins():
+            torch_private.rebuild_buckets_if_due(ddp)
             self._boundary()
         if not self.blocks.ordered:
-            output = self._watched(forward)
-        else:
-            with self._edge.forward() if self._edge.needed else nullcontext():
-                output = forward()
+            self._order = self._around_forward.enter_context(watch(ddp.module))
+        elif self._edge.needed:
+            self._around_forward.enter_context(self._edge.forward())
+
+    @torch_private.disable_dynamo
+    def after_forward(self, output: Any) -> None:
+        """It ended well."""
+        if not self._training:
+            return
+        self._around_forward.close()
+        if self._order is not None:
+            order, self._order = self._order, None
+            self._take_order(order)
         self.clock.forward_ended(t for t in tree_leaves(output) if isinstance(t, torch.Tensor))
-        return output
+
+    def forward_failed(self) -> None:
+        """It raised."""
+        self._around_forward.close()
+        self._order = None
+
+    def join_begins(self, hook: JoinHook) -> JoinHook:
+        """A `Join` context over the wrapper is made: masks are held until its end. Returns `hook`, watched for the end."""
+        self._in_join = True
+        return _WatchedJoinHook(hook, weakref.ref(self))
+
+    def join_ended(self) -> None:
+        self._in_join = False
+        self.clock.paused = False
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.guard.before_step(optimizer)
@@ -206,15 +236,12 @@ class Freezing:
     def _owns(self, optimizer: Optimizer) -> bool:
         return any(id(p) in self._parameter_ids for group in optimizer.param_groups for p in group["params"])
 
-    def _watched(self, forward: Callable[[], Any]) -> Any:
-        with watch(self._wrapper.module) as order:
-            output = forward()
+    def _take_order(self, order: ExecutionOrder) -> None:
         self.blocks.order_by(order)
         self._edge.reentrant = order.reentrant_checkpoint
         self.hook.set_blocks(self._block_parameters())
         self.mask = Mask(0, len(self.blocks), self.mask.generation)
         self._begin_agreement()
-        return output
 
     def _begin_agreement(self) -> None:
         self._agreement = Agreement(
@@ -307,6 +334,7 @@ class Freezing:
         self.hook.set_frozen(frozen, in_buckets=False)
         self.guard.set_frozen(frozen, self._optimizers)
         self._edge.move_to(self.blocks)
+        torch_private.allow_one_more_recompile()
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})
@@ -350,6 +378,23 @@ def _at_exit(reference: weakref.ref[Freezing]) -> None:
     freezing = reference()
     if freezing is not None:
         freezing.close()
+
+
+class _WatchedJoinHook(JoinHook):
+    """DDP's own join hook, which also tells when the context has ended on all ranks."""
+
+    def __init__(self, hook: JoinHook, freezing: weakref.ref[Freezing]) -> None:
+        self._hook = hook
+        self._freezing = freezing
+
+    def main_hook(self) -> None:
+        self._hook.main_hook()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self._hook.post_hook(is_last_joiner)
+        freezing = self._freezing()
+        if freezing is not None:
+            freezing.join_ended()
 
 
 class Inactive:

@@ -7,7 +7,7 @@ is looked at, so that a `Sequential` shortcut inside a residual block is not tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -99,11 +99,17 @@ def _outer_modules(module: nn.Module) -> Iterable[nn.Module]:
         yield from _outer_modules(part)
 
 
-def _units_below(module: nn.Module, cuts) -> list[nn.Module]:
+def _units_below(module: nn.Module, cuts: Callable[[nn.Module], bool]) -> list[nn.Module]:
     if cuts(module):
-        units: list[nn.Module] = []
-        for part in _parts(module):
-            units += _units_below(part, cuts) if cuts(part) else [part]
-        return units
+        return _units_of_container(module, cuts)
     found = [part for part in _parts(module) if any(cuts(m) for m in _outer_modules(part))]
     return [unit for part in found for unit in _units_below(part, cuts)]
+
+
+def _units_of_container(container: nn.Module, cuts: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """A container of containers (stages of layers) is cut down to the layers, also where a stage has only one."""
+    units: list[nn.Module] = []
+    for part in _parts(container):
+        nested = cuts(part) or (_is_container(part) and any(_is_composite(p) for p in _parts(part)))
+        units += _units_of_container(part, cuts) if nested else [part]
+    return units

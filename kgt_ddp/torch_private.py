@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch._C._current_autograd_node": "may the comm hook leave its waiting to the end of the backward?",
     "torch._C._current_graph_task_id": "tells one backward from the next",
     "torch.autograd.Variable._execution_engine": "queue_callback: waiting at the end of the backward",
+    "torch._dynamo.config.recompile_limit": "a moved frontier is one more graph, not one of the user's eight",
     "torch._disable_dynamo": "keeps our forward out of traces without importing dynamo at import time",
 }
 
@@ -66,9 +68,19 @@ def unsupported_options(ddp: DistributedDataParallel) -> list[str]:
     return found
 
 
-def in_join(ddp: DistributedDataParallel) -> bool:
-    """Inside `with ddp.join():`?"""
+def join_enabled(ddp: DistributedDataParallel) -> bool:
+    """Was the last `Join` context of this wrapper an enabled one? (Torch leaves the setting when the context ends.)"""
     return ddp._join_config.enable
+
+
+def rebuild_buckets_if_due(ddp: DistributedDataParallel) -> None:
+    """What DDP's forward does first: after a reducer's first backward, agree on its order of gradients.
+
+    A collective. Done ahead of ours it keeps stock DDP's order, in which a forward on one rank only (with gradients on)
+    meets the other ranks' next training forward.
+    """
+    if ddp.reducer._rebuild_buckets():
+        ddp._has_rebuilt_buckets = True
 
 
 def ignored_by_ddp(ddp: DistributedDataParallel) -> set[str]:
@@ -109,6 +121,12 @@ def backward_id() -> int:
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Run `callback` when the backward under way ends. Callbacks run in the order in which they were queued."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def allow_one_more_recompile() -> None:
+    """Past its limit of recompilations torch runs a compiled model eagerly, without a word. A mask costs one; add it."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.config.recompile_limit += 1
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+"""No backward node runs in front of the frontier, for every kind of model, and what autograd needs at the edge is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kgt_ddp import FreezeAwareDDP
+from kgt_ddp.policies.schedules import Replay
+from tests.kgt_ddp.networks import EncoderDecoder, SmallResNet, SmallViT, TiedLanguageModel, backward_modules, graph_size
+
+pytestmark = pytest.mark.integration
+
+
+def bert():
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=30
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def t5():
+    import transformers
+
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2, vocab_size=30, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+IDS = torch.arange(10).reshape(2, 5) % 7 + 1
+CASES = {
+    "resnet": (SmallResNet, ((torch.randn(4, 1, 8, 8),), {}), lambda out: out.square().mean()),
+    "vit": (SmallViT, ((torch.randn(4, 1, 8, 8),), {}), lambda out: out.square().mean()),
+    "bert": (bert, ((), {"input_ids": IDS, "labels": torch.tensor([0, 1])}), lambda out: out.loss),
+    "encoder_decoder": (EncoderDecoder, ((IDS, IDS), {}), lambda out: out.square().mean()),
+    "t5": (t5, ((), {"input_ids": IDS, "labels": IDS}), lambda out: out.loss),
+    "tied": (TiedLanguageModel, ((IDS,), {}), lambda out: out.square().mean()),
+    "vit_reentrant": (lambda: SmallViT(checkpointing="reentrant"), ((torch.randn(4, 1, 8, 8),), {}), lambda o: o.mean()),
+    "vit_checkpoint": (lambda: SmallViT(checkpointing="yes"), ((torch.randn(4, 1, 8, 8),), {}), lambda o: o.mean()),
+}
+
+
+def every_frontier(rank, world, name):
+    make, (args, kwargs), loss_of = CASES[name]
+    torch.manual_seed(0)
+    ddp = FreezeAwareDDP(make(), policy=Replay([(3 * k, k) for k in range(1, 12)]), interval=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    rows = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = loss_of(ddp(*args, **kwargs))
+        reached = backward_modules(ddp.module, loss)
+        size = graph_size(loss)
+        loss.backward()
+        blocks = ddp.freezing.blocks
+        k = blocks.frontier
+        active = {n for b in blocks.blocks[k:] for n, p in b.parameters}
+        shared = set(blocks.shared_in_prefix())
+        without = [n for n, p in ddp.module.named_parameters() if p.grad is None]
+        rows.append((k, size, reached - active - shared - {"<activation>"}, sorted(set(without) & active)))
+        optimizer.step()
+        if k == blocks.max_frontier:
+            break
+    return rows, ddp.freezing.blocks.max_frontier
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_backward_node_runs_in_front_of_the_frontier(run_ranks, name):
+    (result,) = run_ranks(1, every_frontier, name)
+    rows, top = result
+    assert rows[-1][0] == top, "not every frontier was reached"
+    sizes = {}
+    for k, size, in_front, _ in rows:
+        assert in_front == set(), f"frontier {k}"
+        sizes[k] = size
+    if "reentrant" not in name:  # a reentrant checkpoint is one node whatever is inside
+        assert sorted(sizes.values(), reverse=True) == [sizes[k] for k in sorted(sizes)]
+    for k, _, _, active_without_gradient in rows:
+        unused = {"bert": ["bert.pooler"]}.get(name, [])
+        missing = [n for n in active_without_gradient if not n.startswith(tuple(unused) or ("-",))]
+        assert missing == [], f"frontier {k}: active parameters got no gradient"
+
+
+def prefix_output_of_tied(rank, world):
+    """A tied embedding keeps training through its output use, and the prefix in front builds no graph."""
+    torch.manual_seed(0)
+    ddp = FreezeAwareDDP(TiedLanguageModel(), policy=Replay([(1, 2)]), interval=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        ddp(IDS).logsumexp(-1).mean().backward()
+        optimizer.step()
+    before = ddp.module.embedding.weight.detach().clone()
+    seen = []
+    handle = ddp.module.layers[2].register_forward_pre_hook(lambda m, args: seen.append(args[0].requires_grad))
+    optimizer.zero_grad()
+    ddp(IDS).logsumexp(-1).mean().backward()
+    optimizer.step()
+    handle.remove()
+    return ddp.freezing.frontier, seen, not torch.equal(before, ddp.module.embedding.weight)
+
+
+def test_a_tied_embedding_trains_on_through_its_active_use(run_ranks):
+    for frontier, seen, moved in run_ranks(2, prefix_output_of_tied):
+        assert frontier == 2
+        assert seen == [False]
+        assert moved
+
+
+def input_with_gradient(rank, world):
+    """An adversarial input: its gradient flows through the frozen prefix."""
+    torch.manual_seed(0)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(1, 2)]), interval=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    norms = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(4, 1, 8, 8, requires_grad=True)
+        ddp(x).square().mean().backward()
+        norms.append(x.grad.norm().item())
+        optimizer.step()
+    return ddp.freezing.frontier, norms, ddp.module.blocks[0].conv.weight.grad is None
+
+
+def test_an_input_that_requires_grad_gets_it_through_the_frozen_prefix(run_ranks):
+    for frontier, norms, frozen in run_ranks(2, input_with_gradient):
+        assert frontier == 2
+        assert all(n > 0 for n in norms)
+        assert frozen
+
+
+def compiled(rank, world, where):
+    """The frontier moves four times; gradients equal those of an eager twin."""
+    results = []
+    for mode in ("eager", where):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = SmallResNet()
+        inner = torch.compile(net, backend="aot_eager") if mode == "inside" else net
+        ddp = FreezeAwareDDP(inner, policy=Replay([(1, 1), (4, 2), (7, 3), (10, 1)]), interval=3)
+        model = torch.compile(ddp, backend="aot_eager") if mode == "outside" else ddp
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        frontiers, losses = [], []
+        for step in range(14):
+            g = torch.Generator().manual_seed(step)
+            x = torch.randn(4, 1, 8, 8, generator=g)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), torch.arange(4) % 5)
+            loss.backward()
+            frozen = {n for b in ddp.freezing.blocks.blocks[: ddp.freezing.frontier] for n, _ in b.parameters}
+            live = {n for n, p in ddp.module.named_parameters() if p.grad is not None}
+            assert not (frozen & live), frozen & live
+            optimizer.step()
+            frontiers.append(ddp.freezing.frontier)
+            losses.append(loss.item())
+        results.append((frontiers, losses, [n for n, _ in ddp.freezing.blocks[0].parameters][:1]))
+    return results
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_torch_compile_inside_and_outside(run_ranks, where):
+    for eager, other in run_ranks(2, compiled, where, timeout_s=200):
+        assert eager[0] == other[0]
+        assert {1, 2, 3} <= set(eager[0])
+        assert torch.allclose(torch.tensor(eager[1]), torch.tensor(other[1]), atol=1e-4)
+
+
+def many_moves(rank, world):
+    """More moves of the frontier than torch's limit of recompilations: the model must not fall back to eager."""
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    moves = [(3 * i + 3, i % 4) for i in range(1, 13)]
+    ddp = FreezeAwareDDP(torch.compile(SmallResNet(), backend=backend), policy=Replay(moves), interval=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    fresh = []
+    for _ in range(48):
+        before = len(compiled_graphs)
+        frontier = ddp.freezing.frontier
+        optimizer.zero_grad()
+        ddp(torch.randn(4, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+        if ddp.freezing.frontier != frontier:
+            fresh.append((ddp.freezing.frontier, len(compiled_graphs) - before))
+    return fresh
+
+
+def test_more_moves_than_torch_compiles_do_not_end_in_eager(run_ranks):
+    (fresh,) = run_ranks(1, many_moves, timeout_s=200)
+    assert len(fresh) >= 12
+    seen = set()
+    for frontier, graphs in fresh:
+        if frontier not in seen and frontier:
+            assert graphs > 0, f"no graph was compiled for frontier {frontier}"
+        seen.add(frontier)
