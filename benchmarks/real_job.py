@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ SCRIPT = ROOT / "examples" / "fashion_resnet.py"
 RUNS = ROOT / "runs" / "real_job"
 POLICIES = {"linear": "linear:start=0.25,stop=0.75,fraction=0.8", "none": "none"}
 CASES = ("plain", *POLICIES)
+GAINS = {"wall": ("cost", "wall_s"), "cpu": ("cost", "cpu_s"), "train_wall": ("result", "train_wall_s")}
+"""Ratios between cases: whole processes, and the epochs alone as the example times them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ def run_once(case: str, job: Job, seed: int, folder: Path) -> dict[str, Any]:
     """
     name = f"{case}-seed{seed}"
     log, figures = folder / f"{name}.log", folder / f"{name}.json"
+    shutil.rmtree(folder / name, ignore_errors=True)  # events of an attempt that was cut off
     with log.open("w") as output:
         cost = run_process(
             command(case, job, seed, run_dir=folder / name, figures=figures),
@@ -157,9 +161,8 @@ def summarise(runs: Mapping[tuple[str, int], dict[str, Any]], cases: Sequence[st
         figures.sampled(f"{case}_accuracy_percent", [100 * a for a in column(case, "result", "accuracy")])
         if case == base:
             continue
-        for kind in ("wall_s", "cpu_s"):
-            gains = ratios(column(base, "cost", kind), column(case, "cost", kind))
-            figures.sampled(f"{base}_over_{case}_{kind.removesuffix('_s')}", gains)
+        for name, keys in GAINS.items():
+            figures.sampled(f"{base}_over_{case}_{name}", ratios(column(base, *keys), column(case, *keys)))
         pairs = zip(column(case, "result", "accuracy"), column(base, "result", "accuracy"), strict=True)
         figures.sampled(f"{case}_accuracy_change_points", [100 * (ours - theirs) for ours, theirs in pairs])
         reduced = column(case, "result", "freezing", "reduced_bytes")
