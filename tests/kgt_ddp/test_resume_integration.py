@@ -1,0 +1,125 @@
+"""Stopping and resuming, with the freezing in the checkpoint, equals never having stopped, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from kgt_ddp import FreezeAwareDDP
+from kgt_ddp.policies.schedules import Replay
+from tests.kgt_ddp.networks import SmallResNet
+from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, train
+
+pytestmark = pytest.mark.integration
+
+MOVES = [(5, 1), (11, 3), (19, 2)]
+STEPS = 26
+
+
+def fresh():
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay(MOVES), interval=3)
+    return ddp, OPTIMIZERS["sgd"](ddp.parameters())
+
+
+def weights(ddp):
+    return {n: p.detach().clone() for n, p in ddp.module.named_parameters()}
+
+
+def stop_and_resume_everywhere(rank, world, stops):
+    whole, optimizer = fresh()
+    kept = {}
+    for step in range(STEPS):
+        if step in stops:
+            # Buffers per rank, too: DDP makes them equal only at the next forward.
+            blob = io.BytesIO()
+            torch.save(
+                {"model": whole.module.state_dict(), "optimizer": optimizer.state_dict(), "freezing": whole.freezing.state_dict()},
+                blob,
+            )
+            kept[step] = blob.getvalue()
+        train(whole, optimizer, rank=rank, steps=range(step, step + 1), accumulate=2, no_sync=True)
+    differences = {}
+    for stop, blob in kept.items():
+        saved = torch.load(io.BytesIO(blob), weights_only=True)
+        again, optimizer = fresh()
+        again.module.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        again.freezing.load_state_dict(saved["freezing"])
+        train(again, optimizer, rank=rank, steps=range(stop, STEPS), accumulate=2, no_sync=True)
+        ours, theirs = again.freezing.summary(), whole.freezing.summary()
+        differences[stop] = (
+            differing(weights(again), weights(whole)),
+            ours["freezes"] == theirs["freezes"],
+            ours["dropped_bytes"] - theirs["dropped_bytes"],
+            again.freezing.mask == whole.freezing.mask,
+        )
+    return differences
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stopping_at_any_step_and_resuming_equals_never_stopping(run_ranks, world):
+    stops = list(range(0, STEPS, 1 if world == 1 else 4))
+    for differences in run_ranks(world, stop_and_resume_everywhere, stops, timeout_s=180):
+        for stop, outcome in differences.items():
+            assert outcome == ([], True, 0, True), f"stopped at {stop}"
+
+
+def other_world(rank, world, state):
+    ddp, optimizer = fresh()
+    ddp.freezing.load_state_dict(state)
+    train(ddp, optimizer, rank=rank, steps=range(14, 18))
+    return ddp.freezing.frontier, ddp.freezing.clock.step
+
+
+def first_half(rank, world):
+    ddp, optimizer = fresh()
+    train(ddp, optimizer, rank=rank, steps=range(14))
+    return ddp.freezing.state_dict()
+
+
+def test_the_freezing_carries_over_to_another_number_of_ranks(run_ranks):
+    (state,) = run_ranks(1, first_half)
+    assert state["frontier"] == 3
+    assert run_ranks(3, other_world, state) == [(3, 18)] * 3
+
+
+def without_state(rank, world):
+    import logging
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("kgt_ddp").addHandler(handler)
+    ddp, optimizer = fresh()
+    ddp.freezing.load_state_dict(None)
+    train(ddp, optimizer, rank=rank, steps=range(3))
+    wrong = copy.deepcopy(first := ddp.freezing.state_dict())
+    wrong["version"] = 99
+    with pytest.raises(ValueError, match="version 99"):
+        ddp.freezing.load_state_dict(wrong)
+    assert first["step"] == 3
+    return messages
+
+
+def test_a_checkpoint_without_freezing_loads_unfrozen_and_says_so(run_ranks):
+    (messages,) = run_ranks(1, without_state)
+    assert any("nothing frozen" in m for m in messages)
+
+
+def other_policy(rank, world, state):
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy="none", interval=3)
+    ddp.freezing.load_state_dict(state)
+    first = snapshot(ddp.module)
+    train(ddp, OPTIMIZERS["sgd"](ddp.parameters()), rank=rank, steps=range(14, 20))
+    front = [n for b in ddp.freezing.blocks.blocks[:3] for n, _ in b.parameters]
+    return ddp.freezing.frontier, [n for n in front if n in differing(first, snapshot(ddp.module))]
+
+
+def test_under_another_policy_the_frozen_blocks_stay_and_the_new_policy_goes_on(run_ranks):
+    (state,) = run_ranks(1, first_half)
+    assert run_ranks(1, other_policy, state) == [(3, [])]
