@@ -71,7 +71,7 @@ def _stacks_on_demand(path: str) -> None:
 def _without_boot(traceback):
     """The part of a traceback that belongs to the user: what python itself would have shown."""
     skip = (os.path.abspath(__file__), "<frozen runpy>")
-    while traceback is not None and traceback.tb_next is not None and traceback.tb_frame.f_code.co_filename in skip:
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in skip:
         traceback = traceback.tb_next
     return traceback
 
@@ -99,28 +99,30 @@ def _excepthook(kind, error, traceback):
 
 def _make_room() -> None:
     """A fresh `__main__` for the user; our own module object lives on, or our functions would lose their globals."""
+    import builtins
     import types
 
     sys.modules["kgtrun.boot"] = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __annotations__={})  # as the interpreter fills it
+    sys.modules["__main__"] = main
 
 
 def _run_script(path: str) -> None:
     """Run a file as `python path` does, in the real `__main__`, so that pickles and spawned children find it."""
-    import builtins
     from importlib.machinery import SourceFileLoader
 
     if os.path.isdir(path) or path.endswith((".zip", ".pyz")):
         import runpy
 
         # A directory or archive with a __main__: the one form python runs through runpy itself.
-        sys.path.insert(0, path)
+        sys.path.insert(0, os.path.abspath(path))
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
         return
     if not sys.flags.safe_path:
         real = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
         sys.path.insert(0, os.path.dirname(os.path.abspath(real)))
-    absolute = os.path.abspath(path)
+    absolute = os.path.join(os.getcwd(), path)  # not normalised, as python leaves it
     try:
         with open(path, "rb") as f:
             source = f.read()
@@ -131,8 +133,6 @@ def _run_script(path: str) -> None:
     main.update(
         __loader__=SourceFileLoader("__main__", absolute),
         __spec__=None,
-        __annotations__={},
-        __builtins__=builtins,
         __file__=absolute,
         __cached__=None,
     )

@@ -5,7 +5,8 @@ one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA ord
 Otherwise nothing is pinned: on a crowded machine the scheduler does better than any fixed share. Data-loader workers
 inherit the cores of their rank; from four cores on, one is left to them when threads are counted.
 
-OMP_NUM_THREADS follows the share and is not 1 for everyone. What the user has set himself is never touched: that is
+A rank that has the node to itself is left alone, as torchrun leaves it. OMP_NUM_THREADS otherwise follows the share and
+is not 1 for everyone. What the user has set himself is never touched: that is
 decided by the caller, who knows the environment.
 """
 
@@ -30,6 +31,7 @@ class Shares:
     """Logical cores by local rank; empty sets where nothing is pinned."""
     sidecars: tuple[frozenset[int], ...]
     rank_threads: int
+    """0: leave it to the library."""
     sidecar_threads: int
     words: str
     """One line for the user."""
@@ -41,6 +43,8 @@ def share(topology: Topology, *, num_ranks: int, num_sidecars: int, taken: Itera
     cores = topology.physical()
     free = [core for core in cores if not core & busy]
     allowed = len(cores) if topology.quota is None else min(len(cores), max(1, math.ceil(topology.quota)))
+    if num_ranks == 1 and not num_sidecars and not busy:
+        return Shares(ranks=(frozenset(),), sidecars=(), rank_threads=0, sidecar_threads=1, words="one rank, all cores")
     enough = len(free) >= 2 * num_ranks + num_sidecars
     if topology.quota is not None and topology.quota < len(cores):
         return _unpinned(

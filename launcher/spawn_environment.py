@@ -71,7 +71,7 @@ class SpawnEnvironment:
                 os.sched_setaffinity(pid, self._shares.ranks[local_rank])
 
     def _cores(self, cpus: frozenset[int], threads: int) -> dict[str, str]:
-        found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        found = {"OMP_NUM_THREADS": str(threads)} if threads and "OMP_NUM_THREADS" not in os.environ else {}
         if cpus and not self._config.ranks.numa_binding:
             found[names.CPUS] = format_cpus(cpus)
         return found

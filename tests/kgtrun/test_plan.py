@@ -44,11 +44,17 @@ def test_trainers_are_told_by_the_names_of_the_contract():
 
 
 @pytest.mark.parametrize(
-    ("line", "count"), [("x.py", 0), ("--policy kgt:x=1 x.py", 1), ("--policy kgt --off x.py", 0), ("--ref 2 x.py", 2)]
+    ("line", "count"), [("x.py", 0), ("--policy static:blocks=1 x.py", 0), ("--ref-per-node 2 x.py", 2)]
 )
-def test_references_follow_the_policy(line, count):
-    line = line.replace("--ref ", "--ref-per-node ")
+def test_references_are_started_when_asked_for(line, count):
     assert plan(line).sidecars.count == count
+
+
+def test_policies_that_listen_bring_a_reference(monkeypatch):
+    monkeypatch.setattr("kgtrun.plan.check_policy", lambda *_, **__: None)
+    assert plan("--policy kgt:x=1 x.py").sidecars.count == 1
+    assert plan("--policy kgt --off x.py").sidecars.count == 0
+    assert plan("--policy kgt --ref-per-node 0 x.py").sidecars.count == 0
 
 
 def test_streams_signals_and_timeouts():
@@ -73,6 +79,8 @@ def test_streams_signals_and_timeouts():
         ("--rdzv-conf a x.py", "KEY=VALUE"),
         ("--no-python -m x", "exclude"),
         ("--run-path x.py", "absolute"),
+        ("--policy liner x.py", "none, replay, static"),
+        ("--policy linear x.py", "--total-steps"),
         ("--cache-bytes lots x.py", "K, M, G or T"),
         ("--local-ranks-filter a x.py", "0,1,12"),
     ],

@@ -32,7 +32,7 @@ def test_siblings_stay_together_and_count_once():
 
 
 @pytest.mark.parametrize(
-    ("cores", "ranks", "refs", "threads"), [(2, 2, 0, 1), (2, 1, 0, 2), (2, 2, 1, 1), (6, 2, 1, 2)]
+    ("cores", "ranks", "refs", "threads"), [(2, 2, 0, 1), (2, 1, 0, 0), (2, 2, 1, 1), (6, 2, 1, 2)]
 )
 def test_a_small_machine_is_not_pinned_but_threads_are_counted(cores, ranks, refs, threads):
     found = share(machine(cores), num_ranks=ranks, num_sidecars=refs)
