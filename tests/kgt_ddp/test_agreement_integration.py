@@ -138,9 +138,11 @@ def two_wrappers(rank, world):
     for step in range(8):
         for ddp, optimizer in models:
             train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
-    return [d.freezing.frontier for d, _ in models], [d.freezing.clock.step for d, _ in models], [
-        {n: p.detach().clone() for n, p in d.named_parameters()} for d, _ in models
-    ]
+    return (
+        [d.freezing.frontier for d, _ in models],
+        [d.freezing.clock.step for d, _ in models],
+        [{n: p.detach().clone() for n, p in d.named_parameters()} for d, _ in models],
+    )
 
 
 def test_two_wrappers_in_one_process_have_clocks_and_masks_of_their_own(run_ranks):
@@ -250,7 +252,12 @@ def test_uneven_inputs_under_join_hold_masks_and_leave_ranks_identical(run_ranks
 def plain_stays_plain(rank, world):
     ddp = FreezeAwareDDP(SmallResNet())
     train(ddp, OPTIMIZERS["sgd"](ddp.parameters()), rank=rank, steps=range(2))
-    return ddp.freezing.summary(), ddp.freezing.describe(), len(ddp._comm_hooks), isinstance(ddp, DistributedDataParallel)
+    return (
+        ddp.freezing.summary(),
+        ddp.freezing.describe(),
+        len(ddp._comm_hooks),
+        isinstance(ddp, DistributedDataParallel),
+    )
 
 
 def test_without_kgtrun_the_wrapper_is_a_plain_ddp_and_says_so(run_ranks):

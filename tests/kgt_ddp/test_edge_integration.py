@@ -8,7 +8,14 @@ from torch import nn
 
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.schedules import Replay
-from tests.kgt_ddp.networks import EncoderDecoder, SmallResNet, SmallViT, TiedLanguageModel, backward_modules, graph_size
+from tests.kgt_ddp.networks import (
+    EncoderDecoder,
+    SmallResNet,
+    SmallViT,
+    TiedLanguageModel,
+    backward_modules,
+    graph_size,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -39,7 +46,11 @@ CASES = {
     "encoder_decoder": (EncoderDecoder, ((IDS, IDS), {}), lambda out: out.square().mean()),
     "t5": (t5, ((), {"input_ids": IDS, "labels": IDS}), lambda out: out.loss),
     "tied": (TiedLanguageModel, ((IDS,), {}), lambda out: out.square().mean()),
-    "vit_reentrant": (lambda: SmallViT(checkpointing="reentrant"), ((torch.randn(4, 1, 8, 8),), {}), lambda o: o.mean()),
+    "vit_reentrant": (
+        lambda: SmallViT(checkpointing="reentrant"),
+        ((torch.randn(4, 1, 8, 8),), {}),
+        lambda o: o.mean(),
+    ),
     "vit_checkpoint": (lambda: SmallViT(checkpointing="yes"), ((torch.randn(4, 1, 8, 8),), {}), lambda o: o.mean()),
 }
 

@@ -90,7 +90,9 @@ def fifty_steps(rank, world, kind):
         steps += 1
     lifted = [n for n, p in ddp.freezing.blocks[1].parameters if p.any()]
     kept = {
-        n: torch.equal(before_lift[n], t) for n, t in snapshot(ddp.module).items() if n in dict(ddp.module.named_parameters())
+        n: torch.equal(before_lift[n], t)
+        for n, t in snapshot(ddp.module).items()
+        if n in dict(ddp.module.named_parameters())
     }
     modes = [m.training for m in ddp.freezing.blocks[1].modules]
     return {
@@ -134,7 +136,11 @@ def lift_uses_old_momentum(rank, world):
     train(ddp, optimizer, rank=rank, steps=range(9, 10))
     gradient = weight.grad + 5e-4 * old
     expected = 0.9 * momentum + gradient
-    return ddp.freezing.frontier, untouched, torch.allclose(optimizer.state[weight]["momentum_buffer"], expected, atol=1e-7)
+    return (
+        ddp.freezing.frontier,
+        untouched,
+        torch.allclose(optimizer.state[weight]["momentum_buffer"], expected, atol=1e-7),
+    )
 
 
 def test_a_lifted_block_goes_on_with_its_old_momentum(run_ranks):
@@ -153,7 +159,9 @@ def user_froze(rank, world):
     optimizer = OPTIMIZERS["sgd"](ddp.parameters())
     frozen = (model.stem[0].weight.clone(), model.blocks[1].conv.weight.clone())
     train(ddp, optimizer, rank=rank, steps=range(12))
-    still = [torch.equal(a, b) for a, b in zip(frozen, (model.stem[0].weight, model.blocks[1].conv.weight), strict=True)]
+    still = [
+        torch.equal(a, b) for a, b in zip(frozen, (model.stem[0].weight, model.blocks[1].conv.weight), strict=True)
+    ]
     return ddp.freezing.frontier, [n for n, p in model.named_parameters() if not p.requires_grad], still
 
 

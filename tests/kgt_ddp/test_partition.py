@@ -40,9 +40,7 @@ def assert_partition(model, blocks):
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)), ["0", "3"]),
         (nn.Linear(3, 3), [""]),
         (
-            nn.ModuleDict(
-                {"stages": nn.ModuleList([nn.ModuleList([Layer(4), Layer(4)]), nn.ModuleList([Layer(4)])])}
-            ),
+            nn.ModuleDict({"stages": nn.ModuleList([nn.ModuleList([Layer(4), Layer(4)]), nn.ModuleList([Layer(4)])])}),
             ["stages.0.0", "stages.0.1", "stages.1.0"],
         ),
         (

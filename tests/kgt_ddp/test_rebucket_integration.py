@@ -49,9 +49,13 @@ def nothing_is_lost(rank, world):
         plain = {k: v for k, v in vars(ddp).items() if isinstance(v, (bool, int, str, float, type(None)))}
         plain.pop("_has_rebuilt_buckets")
         hooks = {name: list(getattr(ddp, name)) for name in HOOKS}
-        return sorted(vars(ddp)), plain, hooks, len(ddp._comm_hooks), [
-            {name: list(getattr(m, name)) for name in HOOKS} for m in ddp.module.modules()
-        ]
+        return (
+            sorted(vars(ddp)),
+            plain,
+            hooks,
+            len(ddp._comm_hooks),
+            [{name: list(getattr(m, name)) for name in HOOKS} for m in ddp.module.modules()],
+        )
 
     before = shape()
     with ddp.no_sync():  # also here, where `require_backward_grad_sync` is off

@@ -37,7 +37,11 @@ def stop_and_resume_everywhere(rank, world, stops):
             # Buffers per rank, too: DDP makes them equal only at the next forward.
             blob = io.BytesIO()
             torch.save(
-                {"model": whole.module.state_dict(), "optimizer": optimizer.state_dict(), "freezing": whole.freezing.state_dict()},
+                {
+                    "model": whole.module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "freezing": whole.freezing.state_dict(),
+                },
                 blob,
             )
             kept[step] = blob.getvalue()
