@@ -146,7 +146,7 @@ def test_of_several_submits_that_wait_the_latest_is_scored(client, tools, shared
             self.inner = nn.Linear(8, 8)
 
         def forward(self, x):
-            time.sleep(0.5)
+            time.sleep(1.5)
             return self.inner(x)
 
     net = Slow()
@@ -158,9 +158,9 @@ def test_of_several_submits_that_wait_the_latest_is_scored(client, tools, shared
         nudge(net)
         accepted.append(client.submit(step, 0))
         if step == 1:
-            time.sleep(0.2)  # its work has begun, its slot is free again
+            time.sleep(0.5)  # its work has begun, its slot is free again
             client.poll()
-    assert time.monotonic() - started < 0.45, "a submit waited for the reference"
+    assert time.monotonic() - started < 1.4, "a submit waited for the reference"
     assert accepted == [True, True, True, False, False]
     assert client.stats.dropped == 2
     scores = []

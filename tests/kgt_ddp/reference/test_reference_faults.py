@@ -23,7 +23,7 @@ from kgt_ddp.reference.samples import Samples
 
 pytestmark = pytest.mark.integration
 
-CALL_S = 0.25
+CALL_S = 1.0
 """Longest that one call of a client may take: ample for a machine with other work, far below any wait."""
 
 
