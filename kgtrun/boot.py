@@ -84,7 +84,9 @@ def _record(error: BaseException, moment_s: float) -> None:
     import json
     import traceback
 
-    text = "".join(traceback.format_exception(type(error), error, _without_boot(error.__traceback__)))
+    exited = isinstance(error, SystemExit)  # python prints no traceback for it, nor do we
+    lines = [] if exited else traceback.format_exception(type(error), error, _without_boot(error.__traceback__))
+    text = "".join(lines)
     try:
         with open(path, "w") as f:
             json.dump({"monotonic_s": moment_s, "type": type(error).__name__, "traceback": text}, f)
@@ -169,10 +171,11 @@ def _boot() -> None:
     run = {"script": _run_script, "module": _run_module, "path": _run_path}[mode]
     try:
         run(sys.argv[0])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         import time
 
-        _record(error, time.monotonic())
+        if not isinstance(error, SystemExit) or error.code not in (None, 0):
+            _record(error, time.monotonic())
         raise
 
 

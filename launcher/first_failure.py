@@ -2,12 +2,17 @@
 
 Order: the moment a rank raised (stamped by its boot step, where the exception was not caught) or, without that, the
 moment its process ended. The process that raised first is the cause even if its interpreter takes longer to shut down
-than that of a peer that lost its connection to it. Ranks that ended after we began to end them are consequences.
+than that of a peer that lost its connection to it.
+
+A process that ends without raising (a signal, os._exit) closes its sockets a little before its end can be seen, and a
+peer may raise in between: it goes before exceptions raised up to `_ABRUPT_S` earlier. SIGABRT does not, because gloo
+and NCCL abort as a consequence. Ranks that ended after we began to end them are consequences.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +24,7 @@ from launcher.outcome import Failure
 
 _NUM_LAST_LINES = 20
 _LAST_BYTES = 16384
+_ABRUPT_S = 0.5
 
 
 def read_error(path: Path) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def gather(
             hint="" if consequence else hint_of(ending),
             consequence=consequence,
         )
-        found.append((moment_s, failure))
+        abrupt = not error and not consequence and ending.returncode != -signal.SIGABRT
+        found.append((moment_s - _ABRUPT_S if abrupt else moment_s, failure))
     found.sort(key=lambda item: (item[1].consequence, item[0]))
     return tuple(replace(f, consequence=f.consequence or i > 0) for i, (_, f) in enumerate(found))

@@ -39,7 +39,8 @@ class Runs:
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("KGTRUN_", "PET_", "OMP_", "TORCHELASTIC_"))}
-        return {**kept, TAG: self.tag, "TMPDIR": str(self.directory / "tmp"), **extra}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.directory / "inductor")}  # torch's own, and not to be counted
+        return {**kept, **caches, TAG: self.tag, "TMPDIR": str(self.directory / "tmp"), **extra}
 
     def start(self, *args: str, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

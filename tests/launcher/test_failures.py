@@ -36,6 +36,13 @@ def test_the_one_that_raised_first_is_the_cause_even_if_its_process_ended_later(
     assert found[0].traceback == "ValueError: x" and not found[0].consequence and found[1].consequence
 
 
+@pytest.mark.parametrize(("code", "first"), [(-9, 9), (-15, 9), (3, 9), (-6, 8)])
+def test_an_abrupt_end_goes_before_the_exception_it_caused_in_a_peer(tmp_path, code, first):
+    (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 9.99, "traceback": "Connection reset by peer"}))
+    found = collect([Ending(1, 11, code, 10.0), Ending(0, 10, 1, 10.3)], tmp_path, ended_by_us_s=10.1)
+    assert found[0].rank == first
+
+
 def test_ranks_we_ended_are_consequences_and_success_is_no_failure(tmp_path):
     endings = [Ending(2, 12, 0, 9.0), Ending(1, 11, -9, 10.0), Ending(0, 10, -15, 10.2)]
     found = collect(endings, tmp_path, ended_by_us_s=10.1)

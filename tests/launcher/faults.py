@@ -1,0 +1,174 @@
+"""One fault, injected at a random moment, and what must come of it. Used by CI (a few seeds) and `scripts/soak` (many).
+
+A case starts two ranks that are connected to each other (the death of one is an error in the other, as with gloo), a
+data-loader worker in each and one side-car, through the launcher itself. It then sends KILL, STOP or TERM to one of
+them and checks the exit code, the message, the time it took, and that no process, socket or file is left.
+
+The light trainer imports no torch, so that a case takes a few seconds; the torch one is a real DDP run with DataLoader
+workers and a real reference process, started by `kgtrun`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import process_tree
+
+GRACE_S = 3.0
+TARGETS = ("launcher", "rank 0", "rank 1", "reference", "loader")
+ACTIONS = ("KILL", "STOP", "TERM")
+
+LIGHT_TRAINER = """
+import os, pathlib, signal, socket, subprocess, sys, time
+from kgtrun.contract import heartbeat
+here, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+loader = subprocess.Popen([sys.executable, "-S", "-c", "import time\\nwhile True: print(1, flush=True); time.sleep(0.05)"],
+                          stdout=subprocess.PIPE)
+(here / f"loader{rank}.part").write_text(str(loader.pid)); (here / f"loader{rank}.part").rename(here / f"loader{rank}")
+path = str(here / f"peer{attempt}")
+if rank == 0:
+    server = socket.socket(socket.AF_UNIX); server.bind(path); server.listen(); peer, _ = server.accept()
+else:
+    peer = socket.socket(socket.AF_UNIX)
+    while True:
+        try: peer.connect(path); break
+        except OSError: time.sleep(0.02)
+(here / f"rank{rank}.part").write_text(str(os.getpid())); (here / f"rank{rank}.part").rename(here / f"rank{rank}")
+for step in range(int(sys.argv[2])):
+    if not loader.stdout.readline():
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+    peer.sendall(b"x")
+    if not peer.recv(1):
+        raise ConnectionError("Connection closed by peer")
+    heartbeat.beat(step)
+loader.kill(); loader.wait()
+"""
+
+SIDECAR = """
+import os, pathlib, sys, time
+here = pathlib.Path(sys.argv[1])
+(here / "reference.part").write_text(str(os.getpid())); (here / "reference.part").rename(here / "reference")
+time.sleep(1000)
+"""
+
+DRIVER = """
+import logging, pathlib, sys
+from launcher.config import LaunchConfig, LogSpec, RankSpec, RendezvousSpec, SidecarSpec
+from launcher.supervisor import launch
+from kgtrun.plan import BOOT
+here, restarts = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+logging.basicConfig()
+out = launch(LaunchConfig(
+    ranks=RankSpec(command=(sys.executable, "-u", BOOT, "script", str(here / "trainer.py"), str(here), "60"), count="2"),
+    rendezvous=RendezvousSpec(run_id="fault"),
+    logs=LogSpec(directory=here / "run/logs"),
+    sidecars=SidecarSpec(command=(sys.executable, "-S", str(here / "sidecar.py"), str(here)), count=1),
+    run_dir=here / "run", shutdown_timeout_s=%s, max_restarts=restarts, hang_timeout_s=1.5, stop_when_hung=True))
+print(out.report(), file=sys.stderr)
+sys.exit(out.exit_code)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done to whom, when."""
+
+    target: str
+    action: str
+    delay_s: float
+    restarts: int
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Case:
+        """Fifteen combinations in turn, at a moment that the seed decides."""
+        dice = random.Random(seed)
+        target, action = TARGETS[seed % 5], ACTIONS[seed // 5 % 3]
+        return cls(target, action, dice.uniform(0.0, 2.0), int(dice.random() < 0.3))
+
+    def expected(self) -> tuple[int, str]:
+        """Exit code (as Popen has it) and a part of the message."""
+        if self.target == "launcher":
+            return {"KILL": (-9, ""), "STOP": (0, ""), "TERM": (143, "ended by SIGTERM")}[self.action]
+        if self.target == "reference" or self.restarts:
+            return 0, ""
+        if self.action == "STOP":
+            return 124, "no progress"
+        if self.target == "loader":
+            return 1, "DataLoader worker exited unexpectedly"
+        return {"KILL": (137, "SIGKILL"), "TERM": (143, "SIGTERM")}[self.action]
+
+
+def _wait(path: Path, timeout_s: float = 40.0) -> int:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{path.name} did not come up within {timeout_s} s")
+        time.sleep(0.01)
+    return int(path.read_text())
+
+
+def run_light(case: Case, here: Path) -> dict[str, float]:
+    """Run one case in an empty directory; raises AssertionError with all that is known."""
+    (here / "tmp").mkdir()
+    (here / "trainer.py").write_text(LIGHT_TRAINER)
+    (here / "sidecar.py").write_text(SIDECAR)
+    tag = f"{os.getpid()}-{here.name}-{time.monotonic_ns()}"
+    environment = {**os.environ, "TMPDIR": str(here / "tmp"), "FAULT_TAG": tag}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER % GRACE_S, str(here), str(case.restarts)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        names = ("rank0", "rank1", "loader0", "loader1", "reference")
+        pids = {name: _wait(here / name) for name in names}
+        time.sleep(case.delay_s)
+        keys = {"launcher": process.pid, "rank 0": pids["rank0"], "rank 1": pids["rank1"]}
+        victim = {**keys, "reference": pids["reference"], "loader": pids["loader1"]}[case.target]
+        begun = time.monotonic()
+        os.kill(victim, getattr(signal, f"SIG{case.action}"))
+        if (case.target, case.action) == ("launcher", "STOP"):
+            time.sleep(0.5)
+            os.kill(victim, signal.SIGCONT)
+        _, err = process.communicate(timeout=40)
+        return _check(case, here, tag, process.returncode, err, begun)
+    finally:
+        process_tree.send({process.pid} if process.poll() is None else (), signal.SIGKILL)
+        process_tree.send(process_tree.members(f"FAULT_TAG={tag}"), signal.SIGKILL)
+
+
+def _check(case: Case, here: Path, tag: str, code: int, err: str, begun: float) -> dict[str, float]:
+    ended_s = time.monotonic() - begun
+    deadline = time.monotonic() + GRACE_S + 5
+    while process_tree.members(f"FAULT_TAG={tag}") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    clean_s = time.monotonic() - begun
+    left = process_tree.members(f"FAULT_TAG={tag}")
+    wanted_code, message = case.expected()
+    story = f"{case}\nexit code {code}, wanted {wanted_code}\n{err}"
+    assert code == wanted_code, story
+    assert message in err, story
+    assert not left, f"{story}\nleft: {left}"
+    assert list((here / "tmp").iterdir()) == [], f"{story}\nfiles left: {list((here / 'tmp').iterdir())}"
+    if case.target != "launcher" or case.action != "KILL":
+        result = json.loads((here / "run/result.json").read_text())
+        assert result["exit_code"] == code, story
+        if case.restarts and case.target in ("rank 0", "rank 1", "loader") and case.action != "STOP":
+            assert result["restarts"] == 1, story
+        if code == 0 and case.target == "reference" and case.action != "STOP":
+            assert result["sidecars"]["given_up"] == 0, story
+    if code not in (0, 124):
+        assert clean_s < GRACE_S + 2, f"{story}\ntook {clean_s:.1f} s"
+    return {"ended_s": ended_s, "clean_s": clean_s}
