@@ -441,3 +441,39 @@ def test_the_client_leaves_nothing_behind(shared_reference, tools):
         del client
     assert set(os.listdir("/proc/self/fd")) == fds
     tools.until(lambda: shared_reference.descriptors() == server, 10)
+
+
+TRAINER = """
+import sys, time, torch
+from torch import nn
+from kgt_ddp.reference.client import ReferenceClient
+from kgt_ddp.reference.samples import Samples
+
+net = nn.Sequential(nn.Linear(8, 500), nn.Linear(500, 500))
+client = ReferenceClient(sys.argv[1], 0)
+client.offer_model(net, ["0", "1"], lags=(1,))
+client.retain_probe(Samples((torch.randn(6, 8),)))
+end, step = time.monotonic() + 60, 0
+while time.monotonic() < end:
+    step += client.submit(step, 0)
+    if client.poll(0.01):
+        print("scored", flush=True)
+"""
+
+
+def test_trainers_killed_in_the_middle_leave_nothing_in_the_reference(shared_reference, tools):
+    shared_memory = set(os.listdir("/dev/shm"))
+    before = shared_reference.descriptors()
+    other = offered(shared_reference, tools.small_net(), ["0"])
+    for _ in range(3):
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", TRAINER, str(shared_reference.directory)], stdout=subprocess.PIPE
+        )
+        assert trainer.stdout.readline() == b"scored\n"
+        trainer.kill()
+        trainer.wait(10)
+        trainer.stdout.close()
+    assert scores_again(other, 0, tools)
+    other.close()
+    tools.until(lambda: shared_reference.descriptors() == before, 20)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
