@@ -87,9 +87,11 @@ def _record(error: BaseException, moment_s: float) -> None:
     exited = isinstance(error, SystemExit)  # python prints no traceback for it, nor do we
     lines = [] if exited else traceback.format_exception(type(error), error, _without_boot(error.__traceback__))
     text = "".join(lines)
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    found = {"monotonic_s": moment_s, "type": type(error).__name__, "code": code & 0xFF, "traceback": text}
     try:
         with open(path, "w") as f:
-            json.dump({"monotonic_s": moment_s, "type": type(error).__name__, "traceback": text}, f)
+            json.dump(found, f)
     except OSError:
         pass
 

@@ -84,13 +84,16 @@ def gather(
         moment_s = min(float(error.get("monotonic_s", ending.monotonic_s)), ending.monotonic_s)
         torch_error = torch_error_of(ending.key)
         stderr = stderr_of(ending.key)
+        # It had raised and was on its way out when we ended it: its own code is the one that tells.
+        cut_short = ended_by_us_s is not None and ending.monotonic_s > ended_by_us_s and ending.returncode < 0
+        returncode = int(error.get("code", ending.returncode)) if cut_short else ending.returncode
         consequence = ended_by_us_s is not None and moment_s > ended_by_us_s
         failure = Failure(
             rank=rank_of(ending.key),
             local_rank=ending.key,
             host=socket.gethostname(),
             pid=ending.pid,
-            returncode=ending.returncode,
+            returncode=returncode,
             after_s=round(moment_s - begun_s, 3),
             traceback=str(error.get("traceback", "")) or (read_torch_error(torch_error) if torch_error else ""),
             log_path=str(stderr or ""),

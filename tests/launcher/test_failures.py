@@ -36,6 +36,13 @@ def test_the_one_that_raised_first_is_the_cause_even_if_its_process_ended_later(
     assert found[0].traceback == "ValueError: x" and not found[0].consequence and found[1].consequence
 
 
+def test_one_that_had_raised_keeps_its_code_when_we_cut_it_short(tmp_path):
+    (tmp_path / "error1").write_text(json.dumps({"monotonic_s": 9.9, "traceback": "ValueError: x", "code": 1}))
+    (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 9.95, "traceback": "Connection closed by peer"}))
+    found = collect([Ending(0, 10, 1, 10.0), Ending(1, 11, -15, 10.3)], tmp_path, ended_by_us_s=10.05)
+    assert (found[0].rank, found[0].returncode) == (9, 1)
+
+
 @pytest.mark.parametrize(("code", "first"), [(-9, 9), (-15, 9), (3, 9), (-6, 8)])
 def test_an_abrupt_end_goes_before_the_exception_it_caused_in_a_peer(tmp_path, code, first):
     (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 9.99, "traceback": "Connection reset by peer"}))
