@@ -80,7 +80,6 @@ def test_streams_signals_and_timeouts():
         ("--no-python -m x", "exclude"),
         ("--run-path x.py", "absolute"),
         ("--policy liner x.py", "none, replay, static"),
-        ("--policy linear x.py", "--total-steps"),
         ("--cache-bytes lots x.py", "K, M, G or T"),
         ("--local-ranks-filter a x.py", "0,1,12"),
     ],
