@@ -19,6 +19,7 @@ A forked child (a DataLoader worker) that inherits a client does nothing with it
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -265,12 +266,9 @@ class ReferenceClient:
             samples = self._probe
         still = {name for name in tensors if _belongs(name, unchanged)}
         present = [name for name in tensors if name not in online.settled or name not in still]
-        fds = [
-            payload_file("kgtrun-payload", lambda file, value=value: pickle.dump(value, file))  # type: ignore[misc]
-            for value in (samples, similarities)
-            if value is not None
-        ]
         slot = online.free.pop()
+        fds = _payloads(samples, similarities)
+        online.leaving = ({}, fds)  # from here on the connection owns them, whatever fails
         header = {
             "step": step,
             "generation": generation,
@@ -390,6 +388,19 @@ class ReferenceClient:
         if self._offer is not None:
             protocol.close_all(self._offer.slot_fds)
         self._offer = None
+
+
+def _payloads(*values: Any) -> list[int]:
+    """Descriptors of the values that are not None, pickled; none is left open if one cannot be."""
+    fds: list[int] = []
+    try:
+        for value in values:
+            if value is not None:
+                fds.append(payload_file("kgtrun-payload", functools.partial(pickle.dump, value)))
+    except BaseException:
+        protocol.close_all(fds)
+        raise
+    return fds
 
 
 def _belongs(name: str, blocks: Collection[str]) -> bool:

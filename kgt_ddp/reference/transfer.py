@@ -22,6 +22,7 @@ class Transfer:
         self._staging: dict[str, Tensor] = {}
         self._pending: Mapping[str, Tensor] = {}
         self._event: torch.Event | None = None
+        self._side: torch.Stream | None = None
 
     def start(self, tensors: Mapping[str, Tensor], slot: Mapping[str, Tensor]) -> None:
         """Copy `tensors` into those of the same names in `slot`; the slot may be read once `done` says so."""
@@ -47,7 +48,9 @@ class Transfer:
         return True
 
     def _start_on(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
-        side = torch.Stream(device=device)
+        if self._side is None:  # one stream for good: a copy that nobody waits for any more ends before the next begins
+            self._side = torch.Stream(device=device)
+        side = self._side
         training = torch.accelerator.current_stream(device)
         side.wait_stream(training)
         with side:

@@ -255,3 +255,17 @@ def test_without_references_there_is_no_client(tmp_path):
     assert ReferenceClient.from_environment(0, {"KGTRUN_REFERENCE_DIR": "/x", "KGTRUN_NUM_REFERENCES": "0"}) is None
     client = ReferenceClient.from_environment(5, {"KGTRUN_REFERENCE_DIR": "/x", "KGTRUN_NUM_REFERENCES": "2"})
     assert client is not None and client._path.name == "ref1.sock"
+
+
+def test_samples_that_cannot_be_pickled_are_dropped_without_a_trace(client, tools):
+    net = tools.small_net()
+    client.offer_model(net, ["0"], lags=(1,))
+    client.retain_probe(Samples((torch.randn(6, 8),)))
+    tools.exchange(client, 0)
+    fds = set(os.listdir("/proc/self/fd"))
+    bad = Samples((__import__("threading").Lock(),))
+    assert not client.submit(1, 0, samples=bad)
+    assert "pickle" in client.problem
+    assert len(os.listdir("/proc/self/fd")) <= len(fds)
+    tools.exchange(client, 1)
+    assert [s.lag_steps for s in tools.exchange(client, 2)] == [1]
