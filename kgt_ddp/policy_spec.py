@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from kgt_ddp.errors import PolicyError
+from kgt_ddp.policies.gradnorm import GradNorm
+from kgt_ddp.policies.kgt_paper import KgtPaper
 from kgt_ddp.policies.policy import Policy
 from kgt_ddp.policies.schedules import Linear, NeverFreeze, Replay, Static
 from kgtrun.contract.events import read_events
 
-_BUILDERS: dict[str, Callable[..., Policy]] = {"none": NeverFreeze, "static": Static, "linear": Linear}
+_BUILDERS: dict[str, Callable[..., Policy]] = {
+    "none": NeverFreeze,
+    "static": Static,
+    "linear": Linear,
+    "gradnorm": GradNorm,
+    "kgt-paper": KgtPaper,
+}
 
 
 def policy_names() -> list[str]:
@@ -66,6 +74,7 @@ def _kinds(builder: Callable[..., Policy]) -> dict[str, type]:
     return {
         f.name: next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None))
         for f in dataclasses.fields(builder)
+        if f.init
     }
 
 

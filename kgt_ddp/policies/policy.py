@@ -27,6 +27,16 @@ class Observation:
     """Blocks frozen now."""
     learning_rate: float | None = None
     """Of the first parameter group of the optimizer that trains the model, if one was seen."""
+    loss: float | None = None
+    """Mean training loss since the last decision, if somebody sees it."""
+    lag_steps: int | None = None
+    """Distance L in steps at which the signal "plasticity" compares; the same in the whole run."""
+    step_seconds: float | None = None
+    """Wall time of a training step with the present mask, if measured."""
+    block_seconds: tuple[float, ...] | None = None
+    """Wall time that a step saves while a block is frozen, one entry a block, if measured."""
+    apply_seconds: float | None = None
+    """Wall time that a change of the mask costs once (re-bucketing, a recompilation), if measured."""
     signals: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     """Mean over the ranks that had a value, one entry a block, None where nobody had; keyed by `Policy.signals`."""
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from kgt_ddp.errors import PolicyError
+from kgt_ddp.policies.gradnorm import GradNorm
+from kgt_ddp.policies.kgt_paper import KgtPaper
 from kgt_ddp.policies.policy import Observation
 from kgt_ddp.policies.schedules import Linear, NeverFreeze, Replay, Static
 from kgt_ddp.policy_spec import parse_policy, policy_names
@@ -44,7 +46,9 @@ def test_every_policy_is_built_from_its_text():
     assert parse_policy("static:blocks=3,step=7") == Static(blocks=3, step=7)
     assert parse_policy("linear: start=0.3, stop=0.6 ,moves=2") == Linear(start=0.3, stop=0.6, moves=2)
     assert isinstance(parse_policy("none"), NeverFreeze)
-    assert {"linear", "none", "replay", "static"} <= set(policy_names())
+    assert parse_policy("gradnorm:intervals=8") == GradNorm(intervals=8)
+    assert parse_policy("kgt-paper:window=6,tolerance=0.1") == KgtPaper(window=6, tolerance=0.1)
+    assert {"gradnorm", "kgt-paper", "linear", "none", "replay", "static"} <= set(policy_names())
 
 
 def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
@@ -67,6 +71,9 @@ def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
         ("linear:start=0.8", "start < stop"),
         ("linear:start", "not an option"),
         ("none:x=1", "its options: none"),
+        ("gradnorm:intervals=1", "at least 2"),
+        ("kgt-paper:window=1", "at least 2"),
+        ("kgt-paper:_booted=1", "its options: window=…, tolerance=…, thaw=…"),
         ("replay:", "needs the directory"),
     ],
 )
