@@ -20,17 +20,19 @@ from string import Template
 from typing import Any
 
 import torch.distributed.elastic.rendezvous.registry as rendezvous_registry
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic import events, metrics
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, LogsSpecs, SignalException, Std
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import determine_local_world_size
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from launcher import torch_private
 from launcher.config import LaunchConfig, LogSpec, RendezvousSpec, Streams
+from launcher.errors import LostRendezvousError
 from launcher.logs import Follower, console, matching
 from launcher.signals import Stopped
 
@@ -112,10 +114,12 @@ class RankAgent(LocalElasticAgent):
         started: Callable[[int, dict[int, int], WorkerGroup], object],
         failed: Callable[[], bool],
         follower: Follower,
+        peers_failed: Callable[[], bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._stop, self._started, self._failed, self._follower = stop, started, failed, follower
+        self._peers_failed = peers_failed
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
@@ -128,6 +132,10 @@ class RankAgent(LocalElasticAgent):
         # end them here, so that it finds nothing left to do.
         if self._failed():
             self._shutdown(signal.SIGTERM)
+        elif self._peers_failed():
+            # Whatever code our ranks end with: a success would wait for the other nodes at torch's exit barrier.
+            self._shutdown(signal.SIGTERM)
+            return RunResult(state=WorkerState.FAILED)
         return super()._monitor_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
@@ -165,6 +173,7 @@ def build_agent(
     started: Callable[[int, dict[int, int], WorkerGroup], object],
     failed: Callable[[], bool],
     follower: Follower,
+    peers_failed: Callable[[], bool] = lambda: False,
 ) -> RankAgent:
     """Assemble the agent of one launch; nothing is started."""
     parameters = rendezvous_parameters(config.rendezvous)
@@ -196,6 +205,7 @@ def build_agent(
         started=started,
         failed=failed,
         follower=follower,
+        peers_failed=peers_failed,
     )
 
 
@@ -231,8 +241,16 @@ def log_specs(spec: LogSpec, environment: EnvironmentOfRank, follower: Follower)
     )
 
 
+def is_last_attempt(agent: RankAgent) -> bool:
+    """Whether no restart is left."""
+    return torch_private.restarts_left(agent) == 0
+
+
 def run(agent: RankAgent, event_log_handler: str) -> RunResult | None:
     """Run the agent to its end; None when the rendezvous was closed in order by another node.
+
+    Raises:
+        LostRendezvousError: other nodes cannot be reached, or have closed the rendezvous.
 
     The rendezvous is shut down for everyone unless a signal ended us: then the others may go on without this node.
     """
@@ -252,6 +270,10 @@ def run(agent: RankAgent, event_log_handler: str) -> RunResult | None:
         close = False
         events.record(agent.get_event_failed(), event_log_handler)
         raise
+    except (RendezvousError, DistNetworkError, DistStoreError) as error:
+        close = False
+        events.record(agent.get_event_failed(), event_log_handler)
+        raise LostRendezvousError(f"the other nodes cannot be reached: {type(error).__name__}: {error}") from error
     except Exception:
         events.record(agent.get_event_failed(), event_log_handler)
         raise

@@ -13,8 +13,8 @@ class LauncherError(Exception):
     """Base of all of them; the message is for the user."""
 
 
-class StartError(LauncherError):
-    """A process, directory or rendezvous could not be set up."""
+class LostRendezvousError(LauncherError):
+    """The other nodes cannot be reached any more, or never could."""
 
 
 def exit_status(returncode: int) -> int:

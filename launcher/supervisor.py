@@ -27,8 +27,10 @@ from kgtrun.contract.run_dir import RunDir
 from launcher import process_tree
 from launcher.attempt import Attempt
 from launcher.config import LaunchConfig
+from launcher.errors import LostRendezvousError
 from launcher.logs import Follower
-from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Outcome
+from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Failure, Outcome
+from launcher.peers import Peers
 from launcher.reaper import Reaper
 from launcher.runtime_dir import RuntimeDir
 from launcher.sidecar import Sidecar, SidecarKeeper
@@ -71,6 +73,7 @@ class Supervisor:
         self.follower = Follower()
         self.agent: RankAgent | None = None
         self.attempt: Attempt | None = None
+        self.peers: Peers | None = None
         self.keeper = SidecarKeeper(
             config.sidecars,
             self.run_dir.logs,
@@ -117,27 +120,50 @@ class Supervisor:
             started=self._on_start,
             failed=lambda: self.attempt is not None and self.attempt.failed(),
             follower=self.follower,
+            peers_failed=lambda: self.peers is not None and self.peers.failed(),
         )
         self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
-        result = elastic.run(self.agent, self.config.event_log_handler)
+        try:
+            result = elastic.run(self.agent, self.config.event_log_handler)
+        except LostRendezvousError as error:
+            return self._failed_outcome(str(error))
         if self.attempt is not None and self.attempt.hung.is_set():
-            waited = f"{self.config.hang_timeout_s:g} s"
-            return self._outcome(FAILED, HUNG_EXIT_CODE, message=f"stopped: a rank made no progress for {waited}")
+            message = f"stopped: a rank made no progress for {self.config.hang_timeout_s:g} s"
+            return self._outcome(FAILED, HUNG_EXIT_CODE, failures=self.attempt.failures, message=message)
         if result is None or not result.is_failed():
             return self._outcome(SUCCEEDED, 0)
-        failures = self.attempt.failures if self.attempt else ()
-        if not failures:
-            return self._outcome(FAILED, 1, message="the worker group failed")
-        return self._outcome(FAILED, failures[0].exit_status())
+        return self._failed_outcome("the worker group failed")
 
-    def _outcome(self, status: str, code: int, *, signal_name: str | None = None, message: str = "") -> Outcome:
+    def _failed_outcome(self, message: str) -> Outcome:
+        """Name the earliest failure of all nodes; its code is ours."""
+        failures = self.attempt.failures if self.attempt else ()
+        remote = self.peers.earliest() if self.peers else None
+        own_moment_s = self._unix_time(failures[0]) if failures and not failures[0].consequence else float("inf")
+        if self.peers and remote and self.peers.earliest_moment() < own_moment_s:
+            failures = (remote, *failures)
+        if not failures:
+            return self._outcome(FAILED, 1, message=message)
+        return self._outcome(FAILED, failures[0].exit_status(), failures=failures)
+
+    def _unix_time(self, failure: Failure) -> float:
+        return time.time() - (time.monotonic() - self.begun_s) + failure.after_s
+
+    def _outcome(
+        self,
+        status: str,
+        code: int,
+        *,
+        signal_name: str | None = None,
+        message: str = "",
+        failures: tuple[Failure, ...] = (),
+    ) -> Outcome:
         return Outcome(
             status=status,
             exit_code=code,
             seconds=round(time.monotonic() - self.begun_s, 3),
             restarts=self.attempt.number if self.attempt else 0,
             signal=signal_name,
-            failures=self.attempt.failures if self.attempt and status == FAILED else (),
+            failures=failures,
             sidecars=self.keeper.summary(),
             message=message or (f"ended by {signal_name}" if signal_name else ""),
         )
@@ -157,6 +183,8 @@ class Supervisor:
             begun_s=self.begun_s,
             event=self.events.write,
         )
+        assert group.store is not None and group.group_rank is not None and group.group_world_size is not None
+        self.peers = Peers(group.store, node=group.group_rank, num_nodes=group.group_world_size)
         self.desk.install()  # torch has just put its own handlers in place
         self.events.write("ranks_start", attempt=number, pids=pids, ranks=self.attempt.global_ranks)
         self.keeper.start()
@@ -185,6 +213,12 @@ class Supervisor:
             stderr_of=lambda local_rank: elastic.stderr_path(agent, local_rank),
             torch_error_of=lambda local_rank: elastic.error_path(agent, local_rank),
         )
+        peers, failures = self.peers, attempt.failures
+        if peers is None or self.desk.received or not elastic.is_last_attempt(agent):
+            return
+        if failures or peers.saw_failure:
+            own = failures[0] if failures and not failures[0].consequence else None
+            peers.publish(own, self._unix_time(own) if own else time.time())
 
     def _reap_adopted(self) -> None:
         """Collect orphans of ranks: as their subreaper we are their parent now, and nobody else waits for them."""
