@@ -94,3 +94,9 @@ def test_a_plan_is_json():
 
     json.dumps(describe(plan("--local-ranks-filter 0 --duplicate-stdout-filters a,,b,c x.py")))
     assert plan("--duplicate-stdout-filters a,,b,c x.py").logs.stdout_filters == ("a,b", "c")
+
+
+def test_our_switches():
+    assert plan("--no-drop-in x.py").ranks.environment[names.DROP_IN] == "0"
+    assert plan("x.py").ranks.environment[names.DROP_IN] == "1"
+    assert plan("x.py").share_cores and not plan("--no-core-sharing x.py").share_cores
