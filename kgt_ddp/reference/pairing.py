@@ -16,7 +16,6 @@ caller sees that by `Stats.dropped` and `Stats.superseded`, and asks less often.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -188,13 +187,12 @@ class Scorer:
         self._scored = 0
         self.floors: Values = [None if exact else 0.0] * len(watched)
 
-    def score(self, work: Work, taken: Callable[[], None]) -> tuple[list[Comparison], float]:
-        """Comparisons of this submit and the seconds they took, floor included.
+    def score(self, work: Work, taken: Callable[[], None]) -> list[Comparison]:
+        """Comparisons of this submit; measures the floor when it is time to.
 
         Raises:
             Exception: the submit lacks what its pairing needs, or the model's forward raised.
         """
-        started = time.perf_counter()
         if self._exact is not None:
             self._exact.load(work.weights)
         comparisons = self._pairing.consider(work, taken)
@@ -202,7 +200,7 @@ class Scorer:
             if self._scored % FLOOR_EVERY == 0:
                 self._measure_floor(work, self._exact)
             self._scored += 1
-        return comparisons, time.perf_counter() - started
+        return comparisons
 
     def _measure_floor(self, work: Work, exact: Runner) -> None:
         current = self._pairing.current(work)

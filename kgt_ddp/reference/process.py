@@ -1,7 +1,7 @@
 """What a reference process does to itself before it works: least priority, cores and threads of its own, no
 accelerator, and an end when its parent ends or a signal asks for it.
 
-Called before torch is imported, where that matters.
+Imports torch only in `settle`, when the environment has been checked.
 """
 
 from __future__ import annotations
@@ -11,33 +11,81 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from kgtrun.contract import environment
 
-NICENESS: Final = 19
+PRECISIONS: Final = ("bf16", "fp32")
+STARTING_NICENESS: Final = 5
+WORKING_NICENESS: Final = 19
+"""Only the first is kept while torch is imported: with the second, that takes minutes on a busy machine."""
 _PR_SET_PDEATHSIG: Final = 1
 _PARENT_DIED: Final = signal.SIGUSR1
 
 
-def settle(environ: Mapping[str, str]) -> int | None:
-    """Lower the priority and take the cores named by KGTRUN_CPUS.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the environment says, checked."""
+
+    directory: Path
+    index: int
+    precision: str
+    run_dir: str
+    """Empty: no events are written."""
+    cpus: frozenset[int]
+    """Cores of its own; empty: it shares."""
+    omp_threads: bool
+    """OMP_NUM_THREADS says how many threads to compute with."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """
+        Raises:
+            ValueError: a variable is missing or makes no sense; the message has its name.
+        """
+        if not environ.get(environment.REFERENCE_DIR):
+            raise ValueError(f"{environment.REFERENCE_DIR} is not set: a reference is started by kgtrun")
+        precision = environ.get(environment.REFERENCE_PRECISION, "") or "bf16"
+        if precision not in PRECISIONS:
+            raise ValueError(f"{environment.REFERENCE_PRECISION}={precision!r} is none of {', '.join(PRECISIONS)}")
+        return cls(
+            directory=Path(environ[environment.REFERENCE_DIR]),
+            index=environment.integer(environment.REFERENCE_INDEX, environ=environ) or 0,
+            precision=precision,
+            run_dir=environ.get(environment.RUN_DIR, ""),
+            cpus=frozenset(parse_cpus(environ.get(environment.CPUS, ""))),
+            omp_threads=environ.get("OMP_NUM_THREADS", "").isdecimal(),
+        )
+
+
+def settle(settings: Settings) -> int | None:
+    """Take the cores of its own, no accelerator, and import torch; then the least priority for good.
 
     Returns:
         Threads to compute with: one per core of its own; None where OMP_NUM_THREADS says it; 1 otherwise, because cores
         are then shared with the trainers.
-
-    Raises:
-        ValueError: KGTRUN_CPUS is not a list of cores.
     """
-    os.nice(NICENESS)
+    os.nice(STARTING_NICENESS)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    cpus = parse_cpus(environ.get(environment.CPUS, ""))
+    threads = _take_cores(settings)
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.compiler.set_stance("force_eager")  # a compiled submodule must not compile again, for a model run this rarely
+    os.nice(WORKING_NICENESS - STARTING_NICENESS)
+    return threads
+
+
+def _take_cores(settings: Settings) -> int | None:
+    cpus = settings.cpus
     if cpus:
         with suppress(OSError):  # cores that this container does not have: better anywhere than not at all
             os.sched_setaffinity(0, cpus)
         return len(cpus)
-    return None if environ.get("OMP_NUM_THREADS", "").isdecimal() else 1
+    return None if settings.omp_threads else 1
 
 
 def parse_cpus(text: str) -> set[int]:

@@ -57,6 +57,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "values": (list,),
         "floors": (list,),
         "cost_s": (float, int),
+        "cpu_s": (float, int),
     },
     "done": {"step": _INT, "generation": _INT},
     "error": {"text": (str,)},
@@ -87,7 +88,9 @@ class Score:
     """Plasticity per block between the snapshot and itself, this precision against fp32; the latest one measured. A
     value near it is noise. None until it has been measured."""
     cost_s: float
-    """Seconds of the reference process for this submit (all its lags together)."""
+    """Seconds that passed in the reference over this submit, all its lags together: the least sensible interval."""
+    cpu_s: float
+    """Seconds of computing in it: what the answer cost, also where cores are shared and passing time says little."""
 
 
 def socket_path(directory: str | os.PathLike[str], index: int) -> Path:
@@ -214,4 +217,5 @@ def score_from(message: Mapping[str, Any], watched: Sequence[str]) -> Score:
         values=per_block("values"),
         floors=per_block("floors"),
         cost_s=float(message["cost_s"]),
+        cpu_s=float(message["cpu_s"]),
     )

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kgt_ddp.plasticity import first_floating_tensor, similarity
 from kgt_ddp.reference.model import submodules
+from kgt_ddp.reference.process import PRECISIONS
 from kgt_ddp.reference.samples import Samples, floating_to, mask_for, masks_in
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS: Final = ("bf16", "fp32")
 
 Similarities = dict[str, Tensor | None]
 """Block -> (batch, batch), or None where it is not known."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 import socket
+import time
 from collections import deque
 from typing import Any, Final
 
@@ -131,7 +132,9 @@ class Session:
             samples=submit.samples,
             similarities=submit.similarities,
         )
-        comparisons, cost_s = self._scorer.score(work, taken)
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
+        comparisons = self._scorer.score(work, taken)
+        cost_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         for comparison in comparisons:
             fields = {
                 "step": step,
@@ -142,6 +145,7 @@ class Session:
                 "values": comparison.values,
                 "floors": self._scorer.floors,
                 "cost_s": round(cost_s, 6),
+                "cpu_s": round(cpu_s, 6),
             }
             self._send("score", **fields)
             self._events.write("reference_score", **fields)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kgt_ddp.reference.process import ParentWatch, Stop, StopSignals, settle
+from kgt_ddp.reference.process import ParentWatch, Settings, Stop, StopSignals, settle
 from kgtrun.contract import environment
 from kgtrun.contract.events import EventWriter
 
@@ -44,22 +44,29 @@ class RefusalLog:
             self._events.write("reference_refused", reason=why, count=self.count)
 
 
-def listen(directory: Path, index: int) -> tuple[socket.socket, Path]:
-    """The listening socket; it appears under its name only when it can be connected to, over what a killed predecessor
-    left.
-
-    Raises:
-        ValueError: the directory is missing, not ours, or open to others; or its path is too long.
+def check_directory(directory: Path) -> None:
     """
-    from kgt_ddp.reference import protocol
-
-    path = protocol.socket_path(directory, index)
+    Raises:
+        ValueError: the directory for the socket is missing, not ours, or open to others.
+    """
     try:
         status = os.stat(directory)
     except OSError as error:
         raise ValueError(f"{environment.REFERENCE_DIR}={directory}: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise ValueError(f"{environment.REFERENCE_DIR}={directory} must be a directory of this user with mode 0700")
+
+
+def listen(directory: Path, index: int) -> tuple[socket.socket, Path]:
+    """The listening socket; it appears under its name only when it can be connected to, over what a killed predecessor
+    left.
+
+    Raises:
+        ValueError: the path is too long for the system.
+    """
+    from kgt_ddp.reference import protocol
+
+    path = protocol.socket_path(directory, index)
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -177,46 +184,32 @@ class Worker:
 
 def main(environ: Mapping[str, str] = os.environ) -> int:
     """Run until there is a reason to end; the exit status: 0, or 2 for an environment that makes no sense."""
-    parent = ParentWatch()
-    signals = StopSignals()
+    parent, signals = ParentWatch(), StopSignals()
     worker, events = None, EventWriter(None, role="reference", index=0)
-    index = 0
     try:
-        index = environment.integer(environment.REFERENCE_INDEX, environ=environ) or 0
-        events = EventWriter.for_process(environ.get(environment.RUN_DIR), role="reference", index=index)
-        threads = settle(environ)
-        precision = environ.get(environment.REFERENCE_PRECISION, "") or "bf16"
-        _prepare_torch(threads, precision)
-        if not environ.get(environment.REFERENCE_DIR):
-            raise ValueError(f"{environment.REFERENCE_DIR} is not set: a reference is started by kgtrun")
-        listener, path = listen(Path(environ[environment.REFERENCE_DIR]), index)
-        worker = Worker(listener, path, precision=precision, events=events)
-        events.write("reference_start", precision=precision, threads=threads, cpus=sorted(os.sched_getaffinity(0)))
-        reason = worker.run(parent, signals)
-        events.write("reference_stop", reason=reason)
+        settings = Settings.read(environ)
+        check_directory(settings.directory)
+        events = EventWriter.for_process(settings.run_dir, role="reference", index=settings.index)
+        threads = settle(settings)
+        listener, path = listen(settings.directory, settings.index)
+        worker = Worker(listener, path, precision=settings.precision, events=events)
+        cores = sorted(os.sched_getaffinity(0))
+        events.write("reference_start", precision=settings.precision, threads=threads, cpus=cores)
+        events.write("reference_stop", reason=worker.run(parent, signals))
         return 0
     except Stop as stop:
         events.write("reference_stop", reason=str(stop))
         return 0
     except ValueError as error:
-        print(f"kgtrun reference {index}: {error}", file=sys.stderr)
+        print(f"kgtrun reference: {error}", file=sys.stderr)
         return 2
     finally:
         if worker is not None:
             worker.close()
 
 
-def _prepare_torch(threads: int | None, precision: str) -> None:
-    import torch
-
-    from kgt_ddp.reference.runner import PRECISIONS
-
-    if precision not in PRECISIONS:
-        raise ValueError(f"{environment.REFERENCE_PRECISION}={precision!r} is none of {', '.join(PRECISIONS)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.compiler.set_stance("force_eager")  # a compiled submodule must not compile again, for a model run this rarely
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking torch down in good order takes a process of least priority many seconds on a busy machine

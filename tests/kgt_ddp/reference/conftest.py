@@ -22,7 +22,7 @@ from kgt_ddp.reference.client import ReferenceClient
 from kgt_ddp.reference.protocol import Score, socket_path
 from kgtrun.contract.events import read_events
 
-START_S = 60.0
+START_S = 150.0
 
 
 class Reference:
@@ -64,7 +64,7 @@ class Reference:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(20)

@@ -58,7 +58,7 @@ def test_probe_scores_are_the_plasticity_between_snapshots_at_exact_distances(cl
             for block in blocks:
                 assert score.values[block] == pytest.approx(plasticity(old[block], new[block]), rel=1e-4)
             assert score.floors == {"0": 0.0, "2": 0.0}
-            assert score.cost_s > 0
+            assert score.cost_s > 0 and score.cpu_s > 0
 
 
 def test_fresh_samples_run_both_snapshots_again(client, tools):

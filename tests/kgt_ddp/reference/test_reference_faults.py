@@ -309,6 +309,7 @@ def answering_falsely(directory, answer: bytes) -> subprocess.Popen:
             values=[1.0, 2.0, 3.0],
             floors=[],
             cost_s=0.0,
+            cpu_s=0.0,
         ),
         protocol.encode("submit", step=0, generation=0, slot=0, names=None, samples=False, similarities=False),
     ],
@@ -383,7 +384,7 @@ def alive(pid: int) -> bool:
 def test_it_ends_when_its_socket_is_removed(reference):
     process = reference.start()
     reference.path.unlink()
-    assert process.wait(20) == 0
+    assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -393,7 +394,7 @@ def test_it_ends_on_signals_also_while_it_scores(reference, tools, number):
     tools.until(lambda: client.submit(0, 0), 30)
     time.sleep(0.5)
     process.send_signal(number)
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
     assert list(reference.directory.iterdir()) == []
     assert reference.events("reference_stop")[-1]["reason"] == number.name
     client.close()
