@@ -69,14 +69,17 @@ def launch_command(argv: Sequence[str]) -> int:
         return 0
     logging.basicConfig(format="kgtrun: %(message)s", level=logging.WARNING)
     logging.getLogger("launcher").setLevel(logging.INFO)
-    from launcher.supervisor import launch
+    from kgtrun.live import progress_line
+    from launcher.supervisor import Supervisor
 
     try:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         (plan.run_dir / "plan.json").write_text(json.dumps(describe(plan), indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"no run directory {plan.run_dir}: {error.strerror}; choose another with --run-dir") from None
-    outcome = launch(plan)
+    supervisor = Supervisor(plan)
+    with progress_line(lambda: now.words() if (now := supervisor.progress()) else None):
+        outcome = supervisor.run()
     if outcome.report():
         print(outcome.report(), file=sys.stderr)
     return outcome.exit_code

@@ -152,7 +152,12 @@ OURS: tuple[Option, ...] = (
     ),
     _ours("log-prefix", "Console prefix: ${host}, ${rank}, ${local_rank}, ${role_name}.", metavar="TEMPLATE"),
     _ours("no-core-sharing", "Set no core affinity and leave OMP_NUM_THREADS to torchrun's rule (1).", flag=True),
-    _ours("hang-timeout", "Report a rank that makes no progress for this long, with all stacks.", metavar="SECONDS"),
+    _ours(
+        "hang-timeout",
+        "Report a rank that makes no progress for this long, with all stacks; 0 never.",
+        default="600",
+        metavar="SECONDS",
+    ),
     _ours(
         "hang-action",
         "What then: report, or stop the ranks (restarts apply).",

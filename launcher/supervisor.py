@@ -31,6 +31,7 @@ from launcher.errors import LostRendezvousError
 from launcher.logs import Follower
 from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Failure, Outcome
 from launcher.peers import Peers
+from launcher.progress import Progress, ProgressMeter
 from launcher.reaper import Reaper
 from launcher.runtime_dir import RuntimeDir
 from launcher.sidecar import Sidecar, SidecarKeeper
@@ -49,7 +50,7 @@ _SIDECAR_GRACE_S = 5.0
 
 
 def launch(config: LaunchConfig) -> Outcome:
-    """Start everything, wait for the end, leave nothing behind."""
+    """Start everything, wait for the end, leave nothing behind. `Supervisor` lets a caller watch meanwhile."""
     return Supervisor(config).run()
 
 
@@ -74,6 +75,7 @@ class Supervisor:
         self.agent: RankAgent | None = None
         self.attempt: Attempt | None = None
         self.peers: Peers | None = None
+        self._meter = ProgressMeter()
         self.keeper = SidecarKeeper(
             config.sidecars,
             self.run_dir.logs,
@@ -88,6 +90,11 @@ class Supervisor:
             last_resort=self._last_resort,
             grace_s=config.shutdown_timeout_s,
         )
+
+    def progress(self) -> Progress | None:
+        """How far the ranks are; from any thread."""
+        attempt = self.attempt
+        return self._meter.look(map(self.runtime.heartbeat, attempt.pids)) if attempt else None
 
     def run(self) -> Outcome:
         """The whole launch; whatever happens, nothing is left when it returns or raises."""

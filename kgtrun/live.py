@@ -1,0 +1,62 @@
+"""Shows progress while ranks run: a live line on a terminal (with rich), a plain line a minute otherwise.
+
+Output of ranks appears above the live line. Without heartbeats (a script without a DDP of ours) nothing is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+PLAIN_LINE_S = 60.0
+_REFRESH_PER_S = 2
+
+Words = Callable[[], str | None]
+"""What to show now, None for nothing."""
+
+
+@contextlib.contextmanager
+def progress_line(words: Words, *, stream: TextIO | None = None) -> Iterator[None]:
+    """Show `words` as long as the block runs."""
+    out = sys.stderr if stream is None else stream
+    shown = _live(words) if out.isatty() and os.environ.get("TERM") != "dumb" else None
+    with shown or _plain(words, out):
+        yield
+
+
+def _live(words: Words) -> contextlib.AbstractContextManager | None:
+    try:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+    except ImportError:
+        return None
+
+    def line() -> Text:
+        return Text(words() or "", style="dim", no_wrap=True, overflow="ellipsis")
+
+    console = Console(stderr=True)
+    return Live(console=console, get_renderable=line, refresh_per_second=_REFRESH_PER_S, transient=True)
+
+
+@contextlib.contextmanager
+def _plain(words: Words, out: TextIO, *, every_s: float = PLAIN_LINE_S) -> Iterator[None]:
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(every_s):
+            text = words()
+            if text:
+                print(f"kgtrun: {text}", file=out, flush=True)
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=5)
