@@ -83,6 +83,8 @@ class Agreement:
         self._interval = interval
         self._decide = decide
         self._next_step = 0
+        self._kept: list[Any] = []
+        """Finished Works, kept for the reason given in `comm_hook`."""
         self._sums: tuple[torch.Tensor, dist.Work | None] | None = None
         self._mask: tuple[torch.Tensor, dist.Work | None] | None = None
 
@@ -160,6 +162,7 @@ class Agreement:
         sums, work = self._sums
         if work is not None:
             self._bounded("the signals of all ranks", work.wait)
+            self._kept = [work]
         self._sums = None
         message = torch.zeros(self._num_blocks + 1, dtype=torch.int64)
         if self._rank == 0:
@@ -180,6 +183,7 @@ class Agreement:
         if work is not None:
             self._bounded("the mask to travel from rank 0", work.wait)
         self._mask = None
+        self._kept = [work]
         generation, *flags = message.tolist()
         mask = Mask.decode(flags, generation)
         self.prove_equal_masks(current, mask)
@@ -189,7 +193,9 @@ class Agreement:
         """Raise `MaskMismatchError` on every rank unless all hold `current` and are about to apply `coming`."""
         mine = torch.tensor([current.generation, current.frontier, coming.generation, *coming.encode()])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
-        self._bounded("the masks of all ranks", lambda: dist.all_gather(everyone, mine, group=self._group))
+        work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
+        self._bounded("the masks of all ranks", work.wait)
+        self._kept.append(work)
         rows = [other.tolist() for other in everyone]
         odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
         if odd:

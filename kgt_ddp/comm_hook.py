@@ -12,8 +12,12 @@ traffic but no backward, and the optimizer must be kept from the frozen paramete
 
 Arithmetic is the reducer's own, in its order: multiply by 1/world, then sum. (`div_` would round differently from 3 ranks
 on.) The hook's Future is complete from the start, and the Works are waited for by a callback that the autograd engine runs
-at the end of the backward, ahead of the reducer's own: so reduction overlaps with the backward, and Python runs on no gloo
-thread. (A hook built on `Future.then` does, and aborts the process now and then when it ends.)
+at the end of the backward, ahead of the reducer's own: so reduction overlaps with the backward.
+
+No gloo thread may need the interpreter's lock: when the interpreter has ended meanwhile, the process aborts ("terminate
+called without an active exception"). So there is no `Future.then`, whose callback runs on such a thread, and each Work is
+kept until the next backward: were it dropped as soon as it is waited for, the gloo thread that still holds it would be the
+last to do so, and would free a tensor that Python knows.
 """
 
 # No `from __future__ import annotations` here: DDP inspects the hook's annotations and wants the types themselves.
@@ -27,6 +31,10 @@ import torch.distributed as dist
 from kgt_ddp import torch_private
 
 Hook = Callable[[Any, Any], "torch.futures.Future[torch.Tensor]"]
+
+
+_KEPT_OUTSIDE = 64
+"""Works kept where no later backward drops them (consecutive shadows of a join)."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +132,19 @@ class FreezeHookState:
 
     def wait_later(self, work: dist.Work) -> None:
         """Have `work` waited for before the reducer looks at the bucket."""
-        if not torch_private.inside_autograd_node():
-            work.wait()  # join's shadow of a backward, or the delayed reduction of static_graph: nothing runs later
-            return
         backward = torch_private.backward_id()
         if backward != self._backward:  # also after a backward that raised, whose callback never ran
             self._backward = backward
-            self._works.clear()
-            torch_private.at_end_of_backward(self._wait_all)
+            self._works = []
         self._works.append(work)
+        if not torch_private.inside_autograd_node():
+            work.wait()  # join's shadow of a backward, or the delayed reduction of static_graph: nothing runs later
+            del self._works[:-_KEPT_OUTSIDE]
+        elif len(self._works) == 1:
+            torch_private.at_end_of_backward(self._wait_all)
 
     def _wait_all(self) -> None:
-        works, self._works = self._works, []
-        for work in works:
+        for work in self._works:
             work.wait()
 
     def renew_inner(self, index: int, parameters: Sequence[torch.Tensor]) -> None:
