@@ -34,7 +34,9 @@ from kgt_ddp.mask import Mask
 from kgt_ddp.optimizer_guard import OptimizerGuard
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.prefix_edge import PrefixEdge
+from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.step_clock import StepClock
+from kgtrun.contract import heartbeat
 from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class Freezing:
         self._agreement: Agreement | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._edge = PrefixEdge()
+        self._saved = SavedTime()
         self._in_join = False
         self._training = False
         self._order: ExecutionOrder | None = None
@@ -112,7 +115,8 @@ class Freezing:
         return self.blocks.describe()
 
     def summary(self) -> dict[str, Any]:
-        """What happened so far, as plain data: frontier, applied masks, gradient bytes reduced and dropped a block."""
+        """What happened so far, as plain data: frontier, applied masks, gradient bytes reduced and dropped (counted),
+        seconds saved (estimated)."""
         return {
             "active": True,
             "policy": self._policy_spec,
@@ -120,6 +124,7 @@ class Freezing:
             "num_blocks": len(self.blocks),
             "frontier": self.mask.frontier,
             "freezes": [dict(entry) for entry in self._applied],
+            "saved_s_estimate": self._saved.seconds,
             "reduced_bytes": sum(self.hook.reduced_bytes),
             "dropped_bytes": sum(self.hook.dropped_bytes),
             "reduced_bytes_by_block": list(self.hook.reduced_bytes),
@@ -227,7 +232,12 @@ class Freezing:
         if self._owns(optimizer):
             self._optimizers.add(optimizer)
             if self.clock.optimizer_stepped():
-                self.guard.step_ended()
+                self._step_ended()
+
+    def _step_ended(self) -> None:
+        self.guard.step_ended()
+        self._saved.step_ended(time.monotonic(), frozen=self.mask.frontier > 0)
+        heartbeat.beat(self.clock.step, frontier=self.mask.frontier, saved_s=self._saved.seconds)
 
     def _on_last_bucket(self) -> None:
         self.clock.gradients_reduced()
@@ -300,7 +310,7 @@ class Freezing:
         )
         decision = self._policy.decide(observation)
         frontier = min(max(decision.frontier, 0), self.blocks.max_frontier)
-        if frontier != self.mask.frontier or decision.numbers:
+        if frontier != self.mask.frontier or self._policy.signals:
             self._events.write(
                 "decision",
                 step=self.clock.step,
