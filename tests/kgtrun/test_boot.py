@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def look(command: list[str], cwd: Path) -> dict:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -73,8 +73,8 @@ def test_a_module_sees_what_python_shows_it(place, module):
 def test_exit_codes_and_tracebacks_are_pythons(tmp_path, text, code):
     path = tmp_path / "s.py"
     path.write_text(text + "\n")
-    mine = subprocess.run([sys.executable, BOOT, "script", str(path)], capture_output=True, text=True, timeout=30)
-    theirs = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=30)
+    mine = subprocess.run([sys.executable, BOOT, "script", str(path)], capture_output=True, text=True, timeout=120)
+    theirs = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
     assert mine.returncode == theirs.returncode == code
     assert mine.stderr == theirs.stderr
 
@@ -94,7 +94,12 @@ def test_the_environment_is_torchruns_and_our_own_names(tmp_path):
     found = {}
     for name, start in (("theirs", ["torch.distributed.run", "--log-dir", "l"]), ("ours", ["kgtrun", "--tee", "0"])):
         done = subprocess.run(
-            [sys.executable, "-m", *start, *options], cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", *start, *options],
+            cwd=tmp_path,
+            env=kept,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)
@@ -110,8 +115,8 @@ def test_no_python_and_run_path(tmp_path):
     script.write_text("#!/bin/sh\necho program $1 $RANK\n")
     script.chmod(0o755)
     kgtrun = [sys.executable, "-m", "kgtrun", "--tee", "0", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run([*kgtrun, "--no-python", str(script), "a"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*kgtrun, "--no-python", str(script), "a"], capture_output=True, text=True, timeout=120)
     assert done.stdout == "program a 0\n", done.stderr
     script.write_text("import sys; print(__name__, sys.argv[1:])\n")
-    done = subprocess.run([*kgtrun, "--run-path", str(script), "a"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*kgtrun, "--run-path", str(script), "a"], capture_output=True, text=True, timeout=120)
     assert done.stdout == "__main__ ['a']\n", done.stderr

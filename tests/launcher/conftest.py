@@ -53,7 +53,7 @@ class Runs:
             start_new_session=True,
         )
 
-    def finish(self, process: subprocess.Popen[str], timeout_s: float = 60) -> Finished:
+    def finish(self, process: subprocess.Popen[str], timeout_s: float = 150) -> Finished:
         try:
             out, err = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -62,7 +62,7 @@ class Runs:
             pytest.fail(f"not ended within {timeout_s} s\n{out}\n{err}")
         return Finished(process.returncode, out, err, self.directory / "run")
 
-    def run(self, *args: str, timeout_s: float = 60, **extra: str) -> Finished:
+    def run(self, *args: str, timeout_s: float = 150, **extra: str) -> Finished:
         return self.finish(self.start(*args, **extra), timeout_s)
 
     def script(self, text: str, name: str = "script.py") -> str:
@@ -81,14 +81,14 @@ class Runs:
                 continue
         return found
 
-    def assert_nothing_left(self, timeout_s: float = 10) -> None:
+    def assert_nothing_left(self, timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
         while (self.left() or list((self.directory / "tmp").iterdir())) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [p.cmdline() for p in self.left()] == []
         assert list((self.directory / "tmp").iterdir()) == []
 
-    def wait_for(self, path: Path, timeout_s: float = 40) -> str:
+    def wait_for(self, path: Path, timeout_s: float = 120) -> str:
         """Text of a file that a script writes when it got where the test wants it."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -60,7 +60,7 @@ def test_a_stop_signal_reaches_the_ranks_and_gives_the_code(runs, signum, code):
     for rank in range(2):
         runs.wait_for(runs.directory / f"up{rank}")
     process.send_signal(signum)
-    done = runs.finish(process, 20)
+    done = runs.finish(process)
     assert done.code == code
     assert done.result["signal"] == signum.name
 
@@ -77,8 +77,8 @@ def test_nothing_survives_sigkill_of_the_launcher(runs):
     process = runs.start("--shutdown-timeout", "2", script, str(runs.directory))
     pids = [int(word) for word in runs.wait_for(runs.directory / "pids").split()]
     process.kill()
-    runs.finish(process, 20)
-    runs.assert_nothing_left(10)
+    runs.finish(process)
+    runs.assert_nothing_left()
     assert [pid for pid in pids if alive(pid)] == []  # init may be slow to collect zombies
 
 
@@ -103,7 +103,7 @@ from launcher.config import LaunchConfig, LogSpec, RankSpec, RendezvousSpec, Sid
 from launcher.supervisor import launch
 here = pathlib.Path({str(runs.directory)!r})
 out = launch(LaunchConfig(
-    ranks=RankSpec(command=(sys.executable, "-c", "import time; time.sleep(4)"), count="1"),
+    ranks=RankSpec(command=(sys.executable, "-c", "import time; time.sleep(8)"), count="1"),
     rendezvous=RendezvousSpec(run_id="x"), logs=LogSpec(directory=here / "run/logs"),
     sidecars=SidecarSpec(command=(sys.executable, "-c", {stand_in + "time.sleep(100)"!r}, str(here)), count=1),
     run_dir=here / "run"))
@@ -119,7 +119,7 @@ sys.exit(out.exit_code)
         os.kill(first, signal.SIGKILL)
         second = int(runs.wait_for(runs.directory / "ref"))
         assert second != first
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
     finally:
         if process.poll() is None:
             process.kill()
@@ -140,7 +140,7 @@ def test_user_signals_reach_only_ranks_that_handle_them(runs):
     for rank in range(2):
         runs.wait_for(runs.directory / f"up{rank}")
     process.send_signal(signal.SIGUSR1)
-    assert runs.finish(process, 20).code == 0
+    assert runs.finish(process).code == 0
 
 
 def test_the_grace_is_honoured_and_a_second_signal_hurries(runs):
@@ -153,8 +153,8 @@ def test_the_grace_is_honoured_and_a_second_signal_hurries(runs):
     runs.wait_for(runs.directory / "up")
     begun = time.monotonic()
     process.terminate()
-    assert runs.finish(process, 20).code == 143
-    assert 1 <= time.monotonic() - begun < 5
+    assert runs.finish(process).code == 143
+    assert 1 <= time.monotonic() - begun < 25
     (runs.directory / "up").unlink()
     process = runs.start("--shutdown-timeout", "60", stubborn, str(runs.directory))
     runs.wait_for(runs.directory / "up")
@@ -162,5 +162,5 @@ def test_the_grace_is_honoured_and_a_second_signal_hurries(runs):
     process.terminate()
     time.sleep(0.3)
     process.terminate()
-    assert runs.finish(process, 20).code == 143
-    assert time.monotonic() - begun < 10
+    assert runs.finish(process).code == 143
+    assert time.monotonic() - begun < 40

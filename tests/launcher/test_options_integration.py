@@ -39,7 +39,7 @@ def test_a_signal_named_to_be_handled_ends_the_run(runs):
     process = runs.start("--signals-to-handle", "SIGUSR1,SIGTERM", script, str(runs.directory / "up"))
     runs.wait_for(runs.directory / "up")
     process.send_signal(signal.SIGUSR1)
-    assert runs.finish(process, 20).code == 128 + signal.SIGUSR1
+    assert runs.finish(process).code == 128 + signal.SIGUSR1
 
 
 def test_virtual_local_rank(runs):
@@ -57,7 +57,7 @@ def test_two_nodes_meet(runs, how):
     }[how]
     script = runs.script("import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['GROUP_RANK'])")
     nodes = [runs.start("--nnodes", "2", "--local-addr", "127.0.0.1", "--tee", "0", *args, script) for args in meet]
-    found = [runs.finish(node, 60) for node in nodes]
+    found = [runs.finish(node) for node in nodes]
     assert [node.code for node in found] == [0, 0], found
     assert sorted("".join(node.out for node in found).splitlines()) == ["0 2 0", "1 2 1"]
 
@@ -68,10 +68,10 @@ def test_a_failing_rank_ends_the_other_node_too_and_both_name_it(runs):
     args = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
     begun = time.monotonic()
     nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script) for _ in range(2)]
-    found = [runs.finish(node, 40) for node in nodes]
+    found = [runs.finish(node, 120) for node in nodes]
     assert [node.code for node in found] == [9, 9], found
     assert all("First failure: rank 1" in node.err for node in found)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 55  # the sleeping rank would take 60
 
 
 def test_a_usage_error_is_two_and_names_the_nearest(runs):
@@ -95,4 +95,4 @@ def test_help_is_there_without_torch(runs):
     begun = time.monotonic()
     done = runs.run("--help")
     assert done.code == 0 and "--policy" in done.out and "--nproc-per-node" in done.out
-    assert time.monotonic() - begun < 2  # 0.05 s measured; this machine may be busy
+    assert time.monotonic() - begun < 5  # 0.05 s measured; torch alone would take 2 on a machine as busy as that

@@ -52,10 +52,10 @@ def test_torchruns_result_with_freezing_off(runs, script):
         env=runs.environment(OUTPUT=str(theirs)),
         cwd=runs.directory,
         check=True,
-        timeout=120,
+        timeout=240,
         capture_output=True,
     )
-    done = runs.run("--policy", "none", "--nproc-per-node", "2", script, OUTPUT=str(ours), timeout_s=120)
+    done = runs.run("--policy", "none", "--nproc-per-node", "2", script, OUTPUT=str(ours), timeout_s=240)
     assert done.code == 0, done.err
     expected, got = load(theirs), load(ours)
     assert got["losses"] == expected["losses"] and len(got["losses"]) >= 10
@@ -73,7 +73,7 @@ def test_blocks_freeze_with_it_on(runs, script):
         "12",
         script,
         OUTPUT=str(runs.directory / "out.pt"),
-        timeout_s=120,
+        timeout_s=240,
     )
     assert done.code == 0, done.err
     applied = [event for event in read_events(done.run_dir) if event["kind"] == "apply"]
