@@ -96,7 +96,8 @@ class FreezeAwareDDP(DistributedDataParallel):
                 policy_spec=spec,
                 blocks=blocks,
                 total_steps=total_steps,
-                interval=interval if interval is not None else _interval(total_steps),
+                interval=interval if interval is not None else _interval(total_steps, listens=bool(rule.signals)),
+                deterministic=environment.flag(environment.DETERMINISTIC),
                 events=EventWriter.for_process(
                     os.environ.get(environment.RUN_DIR), role="trainer", index=int(os.environ.get("RANK", "0"))
                 ),
@@ -111,7 +112,7 @@ class FreezeAwareDDP(DistributedDataParallel):
         freezing = self.freezing
         if isinstance(freezing, Inactive):
             return super().forward(*inputs, **kwargs)
-        freezing.before_forward()
+        freezing.before_forward(inputs, kwargs)
         try:
             output = super().forward(*inputs, **kwargs)
         except BaseException:
@@ -153,6 +154,12 @@ def _inactive(reason: str, level: int = logging.INFO) -> Inactive:
     return Inactive(reason)
 
 
-def _interval(total_steps: int | None) -> int:
-    """About 150 decisions a job, between the shortest that the protocol allows and 50 steps."""
-    return 10 if not total_steps else min(max(total_steps // 150, LAG + 1), 50)
+def _interval(total_steps: int | None, *, listens: bool) -> int:
+    """Steps from one decision to the next.
+
+    A schedule costs nothing to ask: about 150 times a job. A score costs a copy of the weights and a forward in the
+    reference, and is compared over several intervals: about 64 times.
+    """
+    if not total_steps:
+        return 20 if listens else 10
+    return min(max(total_steps // (64 if listens else 150), LAG + 1), 50)

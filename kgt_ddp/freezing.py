@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from kgt_ddp import optimizer_hooks, torch_private
 from kgt_ddp.agreement import LAG, Agreement, control_group, equalise
+from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
 from kgt_ddp.errors import KgtError
@@ -35,6 +37,7 @@ from kgt_ddp.optimizer_guard import OptimizerGuard
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.prefix_edge import PrefixEdge
 from kgt_ddp.saved_time import SavedTime
+from kgt_ddp.signals import Signals
 from kgt_ddp.step_clock import StepClock
 from kgtrun.contract import heartbeat
 from kgtrun.contract.events import EventWriter
@@ -54,6 +57,7 @@ class Freezing:
         blocks: units chosen by the user, or None.
         total_steps: optimizer steps of the whole job, if known.
         interval: steps from one decision to the next.
+        deterministic: scores are waited for, so that the run can be repeated.
         events: where decisions and applied masks are recorded.
 
     Raises:
@@ -72,6 +76,7 @@ class Freezing:
         blocks: Iterable[str | nn.Module] | None,
         total_steps: int | None,
         interval: int,
+        deterministic: bool,
         events: EventWriter,
     ) -> None:
         self._ddp = weakref.ref(ddp)
@@ -79,6 +84,7 @@ class Freezing:
         self._policy_spec = policy_spec
         self._total_steps = total_steps
         self._interval = interval
+        self._deterministic = deterministic
         self._events = events
         self.blocks = Blocks(ddp.module, None if blocks is None else list(blocks))
         self.clock = StepClock()
@@ -92,6 +98,9 @@ class Freezing:
         self._resumed: Mapping[str, Any] | None = None
         self._edge = PrefixEdge()
         self._saved = SavedTime()
+        self._signals: Signals | None = None
+        self._profile: BackwardProfile | None = None
+        self._apply_s: float | None = None
         self._in_join = False
         self._training = False
         self._order: ExecutionOrder | None = None
@@ -129,6 +138,7 @@ class Freezing:
             "dropped_bytes": sum(self.hook.dropped_bytes),
             "reduced_bytes_by_block": list(self.hook.reduced_bytes),
             "dropped_bytes_by_block": list(self.hook.dropped_bytes),
+            "reference": self._signals.stats() if self._signals else {},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +192,7 @@ class Freezing:
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     @torch_private.disable_dynamo
-    def before_forward(self) -> None:
+    def before_forward(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward of the wrapper begins: do whatever is due before it."""
         ddp = self._wrapper
         self.guard.restore()
@@ -191,6 +201,8 @@ class Freezing:
         if not self._training:
             return
         self.clock.paused = self._in_join and torch_private.join_enabled(ddp)
+        if self._signals is not None and not self._signals.has_probe:
+            self._signals.retain_probe(inputs, kwargs)
         if self.clock.forward_begins():
             torch_private.rebuild_buckets_if_due(ddp)
             self._boundary()
@@ -225,6 +237,8 @@ class Freezing:
         self.clock.paused = False
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._signals is not None and self._owns(optimizer):
+            self._signals.before_optimizer_step()
         self.guard.before_step(optimizer)
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -236,6 +250,8 @@ class Freezing:
 
     def _step_ended(self) -> None:
         self.guard.step_ended()
+        if self._profile is not None:
+            self._profile.step_ended()
         self._saved.step_ended(time.monotonic(), frozen=self.mask.frontier > 0)
         heartbeat.beat(self.clock.step, frontier=self.mask.frontier, saved_s=self._saved.seconds)
 
@@ -252,6 +268,8 @@ class Freezing:
         self.hook.set_blocks(self._block_parameters())
         self.mask = Mask(0, len(self.blocks), self.mask.generation)
         self._begin_agreement()
+        if self._signals is not None:
+            self._profile = BackwardProfile(self.blocks)
 
     def _begin_agreement(self) -> None:
         self._agreement = Agreement(
@@ -262,6 +280,16 @@ class Freezing:
             decide=self._decide,
         )
         self._proved = False
+        if self._policy.signals and self.blocks.max_frontier:
+            self._signals = Signals(
+                self._policy.signals,
+                self.blocks,
+                self._wrapper.module,
+                interval=self._interval,
+                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+                deterministic=self._deterministic,
+                events=self._events,
+            )
         self._events.write(
             "blocks",
             policy=self._policy_spec,
@@ -294,7 +322,10 @@ class Freezing:
             state, self._resumed = self._resumed, None
             if state["frontier"]:
                 self._apply(Mask(state["frontier"], len(self.blocks), state["generation"]), resumed=True)
-        mask = self._agreement.advance(self.clock.step, self.mask)
+        signals = None
+        if self._signals is not None and self._agreement.wants_signals(self.clock.step):
+            signals = self._signals.collect(self.clock.step, self.mask.generation)
+        mask = self._agreement.advance(self.clock.step, self.mask, signals)
         if mask is not None:
             self._apply(mask)
 
@@ -306,6 +337,10 @@ class Freezing:
             num_blocks=len(self.blocks),
             frontier=self.mask.frontier,
             learning_rate=self._learning_rate(),
+            lag_steps=self._signals.lag_steps if self._signals else None,
+            step_seconds=self._saved.unfrozen_step_s,
+            block_seconds=self._profile.block_seconds if self._profile else None,
+            apply_seconds=self._apply_s,
             signals=signals,
         )
         decision = self._policy.decide(observation)
@@ -348,13 +383,14 @@ class Freezing:
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})
+        self._apply_s = time.perf_counter() - started
         self._events.write(
             "resume" if resumed else "apply",
             step=self.clock.step,
             frontier=mask.frontier,
             was=old,
             generation=mask.generation,
-            seconds=time.perf_counter() - started,
+            seconds=self._apply_s,
             learning_rate=self._learning_rate(),
             reduced_bytes=sum(self.hook.reduced_bytes),
             dropped_bytes=sum(self.hook.dropped_bytes),
@@ -370,6 +406,8 @@ class Freezing:
 
     def close(self) -> None:
         """Record the totals; later calls do nothing."""
+        if self._signals is not None:
+            self._signals.close()
         if self.clock.step:
             self._events.write("trainer_end", **self.summary())
         self._events.close()

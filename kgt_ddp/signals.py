@@ -1,0 +1,161 @@
+"""Where the numbers of a listening policy come from, on each rank: scores of the reference, gradient norms.
+
+`Signals` owns this rank's connection to its reference process and what is accumulated between two decisions. It answers
+with one value a block or None ("don't know") and never waits, except in repeatable runs, where it waits for a score that
+is under way, with a bound.
+
+Names:
+    plasticity, plasticity_2, plasticity_4    S(L), S(2L), S(4L): newest score at 1, 2 and 4 times the lag
+    floor                                     what the reference scores between a snapshot and itself
+    grad_norm                                 L1 norm of a block's gradient, summed over the steps since the last decision
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kgt_ddp.blocks import Blocks
+from kgt_ddp.reference.client import ReferenceClient
+from kgt_ddp.reference.protocol import Score
+from kgt_ddp.reference.samples import sub_batch
+from kgtrun.contract.events import EventWriter
+
+logger = logging.getLogger(__name__)
+
+PLASTICITY = ("plasticity", "plasticity_2", "plasticity_4")
+FLOOR = "floor"
+GRAD_NORM = "grad_norm"
+
+PROBE_SAMPLES = 64
+LONGEST_WAIT_S = 60.0
+"""Repeatable runs wait this long for a score before they go on without it (and are no longer repeatable)."""
+
+Values = list[float | None]
+
+
+def score_lags(interval: int) -> tuple[int, int, int]:
+    """Distances in steps for `PLASTICITY`. Snapshots are handed over every `interval` steps, so these are multiples."""
+    return (2 * interval, 4 * interval, 8 * interval)
+
+
+class Signals:
+    """One rank's signals; see the module docstring.
+
+    Args:
+        names: the signals that the policy reads.
+        blocks: the partition, in order of execution.
+        model: what DDP wraps.
+        interval: steps from one decision to the next.
+        local_rank: chooses the reference of this node.
+        deterministic: wait for scores under way.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        blocks: Blocks,
+        model: torch.nn.Module,
+        *,
+        interval: int,
+        local_rank: int,
+        deterministic: bool,
+        events: EventWriter,
+    ) -> None:
+        self._names = tuple(names)
+        self._blocks = blocks
+        self._deterministic = deterministic
+        self._events = events
+        self._lags = score_lags(interval)
+        self._norms: dict[int, torch.Tensor] = {}
+        self._latest: dict[int, Score] = {}
+        self._client: ReferenceClient | None = None
+        self.has_probe = False
+        if self.wants_reference:
+            self._client = ReferenceClient.from_environment(local_rank)
+            if self._client is None:
+                logger.warning("no reference process on this node (--ref-per-node): no scores, no new freezes")
+            else:
+                watched = [b.name for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
+                self._client.offer_model(model, watched, lags=self._lags)
+
+    @property
+    def wants_reference(self) -> bool:
+        return any(name in (*PLASTICITY, FLOOR) for name in self._names)
+
+    @property
+    def lag_steps(self) -> int | None:
+        """Distance of the signal "plasticity"."""
+        return self._lags[0] if self.wants_reference else None
+
+    def retain_probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The inputs of a training forward: its first samples become the probe of all scores to come."""
+        self.has_probe = True
+        if self._client is not None:
+            self._client.retain_probe(sub_batch(args, kwargs, PROBE_SAMPLES))
+
+    def before_optimizer_step(self) -> None:
+        """Gradients are final: add up their norms."""
+        if GRAD_NORM not in self._names:
+            return
+        for index, block in enumerate(self._blocks.blocks):
+            gradients = [p.grad for _, p in block.parameters if p.grad is not None and index >= self._blocks.frontier]
+            if gradients:
+                norm = torch.stack(torch._foreach_norm(gradients, 1)).sum()
+                self._norms[index] = self._norms[index] + norm if index in self._norms else norm
+
+    def collect(self, step: int, generation: int) -> dict[str, Values]:
+        """This rank's values for the decision at `step`; hands the present weights to the reference."""
+        values: dict[str, Values] = {}
+        if GRAD_NORM in self._names:
+            values[GRAD_NORM] = [self._norms[i].item() if i in self._norms else None for i in range(len(self._blocks))]
+            self._norms = {}
+        if self._client is not None:
+            self._receive()
+            for name, lag in zip(PLASTICITY, self._lags, strict=True):
+                values[name] = self._per_block(self._latest.get(lag), "values")
+            values[FLOOR] = self._per_block(self._latest.get(self._lags[0]), "floors")
+            self._latest = {}
+            frozen = [b.name for b in self._blocks.blocks[: self._blocks.frontier]]
+            self._client.submit(step, generation, unchanged=frozen)
+        return values
+
+    def _receive(self) -> None:
+        assert self._client is not None
+        scores = self._client.poll()
+        deadline = time.monotonic() + LONGEST_WAIT_S
+        while self._deterministic and self._client.in_flight:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                logger.warning("no score came within %.0f s: this run can not be repeated exactly", LONGEST_WAIT_S)
+                break
+            scores += self._client.poll(left)
+        for score in scores:
+            self._latest[score.lag_steps] = score
+            self._events.write(
+                "score",
+                step=score.step,
+                generation=score.generation,
+                lag_steps=score.lag_steps,
+                values=list(score.values.values()),
+                floors=list(score.floors.values()),
+                cost_s=score.cost_s,
+                cpu_s=score.cpu_s,
+            )
+
+    def _per_block(self, score: Score | None, field: str) -> Values:
+        per_name = getattr(score, field) if score is not None else {}
+        return [per_name.get(block.name) for block in self._blocks.blocks]
+
+    def stats(self) -> dict[str, Any]:
+        """What the connection did, as plain data; empty without one."""
+        return vars(self._client.stats).copy() if self._client is not None else {}
+
+    def close(self) -> None:
+        """Give the connection and its shared memory back."""
+        if self._client is not None:
+            self._client.close()
