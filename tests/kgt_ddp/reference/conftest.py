@@ -100,7 +100,7 @@ def until(condition: Callable[[], Any], timeout_s: float, step_s: float = 0.02) 
 
 
 def exchange(
-    client: ReferenceClient, step: int, generation: int = 0, timeout_s: float = 60.0, **kwargs: Any
+    client: ReferenceClient, step: int, generation: int = 0, timeout_s: float = 150.0, **kwargs: Any
 ) -> list[Score]:
     """Submit one step, however often that takes, and wait for all that comes of it."""
     until(lambda: client.submit(step, generation, **kwargs), timeout_s)
