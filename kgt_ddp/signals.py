@@ -23,6 +23,7 @@ from kgt_ddp.blocks import Blocks
 from kgt_ddp.reference.client import ReferenceClient
 from kgt_ddp.reference.protocol import Score
 from kgt_ddp.reference.samples import sub_batch
+from kgtrun.contract import environment
 from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,13 @@ class Signals:
         self._latest: dict[int, Score] = {}
         self._client: ReferenceClient | None = None
         self.has_probe = False
-        if self.wants_reference:
+        references = environment.integer(environment.NUM_REFERENCES) or 0
+        if self.wants_reference and not references and local_rank == 0:
+            logger.warning("no reference process on this node (--ref-per-node): no scores, no new freezes")
+        # Ranks hold equal weights, so one of them per reference is enough; each has a probe of its own.
+        if self.wants_reference and local_rank < references:
             self._client = ReferenceClient.from_environment(local_rank)
-            if self._client is None:
-                logger.warning("no reference process on this node (--ref-per-node): no scores, no new freezes")
-            else:
+            if self._client is not None:
                 watched = [b.name for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
                 self._client.offer_model(model, watched, lags=self._lags)
 

@@ -33,6 +33,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from kgt_ddp.partition import unwrap
 from kgt_ddp.reference import protocol
 from kgt_ddp.reference.arena import Layout, memory_file, named_tensors, payload_file
 from kgt_ddp.reference.model import pickled_structure, surroundings
@@ -143,7 +144,7 @@ class ReferenceClient:
             False if this model cannot be sent; `problem` says why, and training goes on without scores.
         """
         self._drop_offer()
-        module = getattr(module, "_orig_mod", module)  # a torch.compile wrapper; the reference runs eagerly
+        module = unwrap(module)  # the reference runs eagerly
         try:
             layout = Layout.of(named_tensors(module))
             structure = pickled_structure(module)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kgtrun.contract.events import EventWriter
+from kgtrun.report import main, report
+
+
+def recorded(root, *, freezes=True):
+    for rank in (0, 1):
+        writer = EventWriter.for_process(root, role="trainer", index=rank)
+        writer.write(
+            "blocks",
+            policy="linear",
+            total_steps=100,
+            interval=5,
+            blocks=[{"name": "stem"}, {"name": "head"}],
+        )
+        if freezes:
+            if rank == 0:
+                writer.write("decision", step=9, frontier=1, was=0, reason="9.0% of training")
+            writer.write("apply", step=10, frontier=1, was=0, seconds=0.004, learning_rate=0.1)
+        writer.write(
+            "trainer_end",
+            steps=100,
+            reduced_bytes=3_000_000,
+            dropped_bytes=1_000_000,
+            saved_s_estimate=12.3,
+            freezes=[1] if freezes else [],
+        )
+        writer.close()
+        # One file a process: the same process writes twice here, so make the names differ.
+        for path in (root / "events").glob(f"*trainer{rank}*"):
+            path.rename(path.with_name(f"rank{rank}.jsonl"))
+    (root / "result.json").write_text(
+        json.dumps({"status": "succeeded", "exit_code": 0, "seconds": 61.0, "restarts": 1, "message": ""})
+    )
+
+
+def test_a_report_says_what_froze_when_and_why_and_what_it_saved(tmp_path):
+    recorded(tmp_path)
+    text = report(tmp_path)
+    assert "succeeded with exit code 0 after 61.0 s, 1 restarts" in text
+    assert "Policy linear of 100 steps" in text
+    assert "step      10: 0 -> 1, learning rate 0.1; 9.0% of training" in text
+    assert text.count("0 -> 1") == 1, "masks are the same on all ranks: they are told once"
+    assert "1 MB of 4 MB (25%), counted" in text
+    assert "about 12.3 s, estimated" in text
+    assert "applying 1 masks: 4 ms" in text
+
+
+def test_a_run_that_froze_nothing_says_so(tmp_path):
+    recorded(tmp_path, freezes=False)
+    text = report(tmp_path)
+    assert "No block was frozen" in text
+    assert "estimated" not in text
+
+
+def test_a_run_without_result_or_model_is_told_apart(tmp_path):
+    EventWriter.for_process(tmp_path, role="launcher", index=0).write("start")
+    text = report(tmp_path)
+    assert "there is no result.json" in text
+    assert "no FreezeAwareDDP took part" in text
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run directory"):
+        report(tmp_path)
+    with pytest.raises(ValueError, match="takes one argument"):
+        main([])
+
+
+def test_the_command_prints_the_report(tmp_path, capsys):
+    recorded(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    assert "Frozen front blocks" in capsys.readouterr().out
