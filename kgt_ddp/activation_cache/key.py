@@ -43,7 +43,7 @@ class Batch:
     dims: tuple[int, ...]
     """Sizes of all tensors one behind the other: what shapes inside the model can depend on."""
     lengths: np.ndarray | None
-    """(batch,) real tokens of each sample; None when padding is not known."""
+    """(batch,) real tokens of each sample: all there are, where nothing marks padding. None if nothing has a length."""
     padded_length: int
     """What the samples are padded to; 0 without `lengths`."""
     cut: frozenset[str]
@@ -109,7 +109,10 @@ class Keys:
             raise UnkeyableError("the model gets no tensor with a batch dimension")
         rows = [isinstance(t, torch.Tensor) and t.dim() > 0 and len(t) == size for t in leaves]
         lengths, padded = _lengths(names, leaves) if self.trims else (None, 0)
-        common = xxhash.xxh3_128(f"{spec}{_autocast(leaves)}{'trim' if padded else 'full'}".encode())
+        trims = lengths is not None
+        if lengths is None and (padded := _whole_length(leaves, rows)):
+            lengths = np.full(size, padded)
+        common = xxhash.xxh3_128(f"{spec}{_autocast(leaves)}{trims}".encode())
         columns: list[tuple[np.ndarray, int]] = []
         cuts: set[str] = set()
         dims: list[int] = []
@@ -122,7 +125,7 @@ class Keys:
                 common.update(f"{name}={_plain(name, leaf)}".encode())
                 continue
             data = _bytes_of(name, leaf)
-            cut = lengths is not None and self._cuts(name, leaf, lengths, padded)
+            cut = trims and lengths is not None and self._cuts(name, leaf, lengths, padded)
             if cut:
                 cuts.add(name)
             common.update(f"{name}:{leaf.dtype}{tuple(leaf.shape[2 if cut else 1 :])}{cut}".encode())
@@ -171,6 +174,10 @@ def _lengths(names: Sequence[str], leaves: Sequence[Any]) -> tuple[np.ndarray | 
         if bool(mask[:, 0].all()) and not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             return mask.sum(1).numpy(), mask.shape[1]
     return None, 0
+
+
+def _whole_length(leaves: Sequence[Any], rows: Sequence[bool]) -> int:
+    return next((leaf.shape[1] for leaf, row in zip(leaves, rows, strict=True) if row and leaf.dim() >= 2), 0)
 
 
 def _autocast(leaves: Sequence[Any]) -> str:

@@ -1,0 +1,258 @@
+"""The activation cache of one wrapped model: ties key, store, gate, prefetch and short circuit together.
+
+    cache = ActivationCache(ddp, blocks, events, options)
+    with cache.forward():          # around each training forward of the wrapper
+        ...
+    cache.summary()
+    cache.close()
+
+Each rank decides for itself whether a batch is read or computed; nothing here communicates, and no collective of the
+training depends on it. Nothing here raises into training either: a fault switches the cache off with one line.
+
+The wrapper's inputs are seen by a forward pre-hook on it, in front of DDP's copy to the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kgt_ddp.activation_cache.counters import Counters
+from kgt_ddp.activation_cache.folder import CacheFolder
+from kgt_ddp.activation_cache.gate import PATIENCE
+from kgt_ddp.activation_cache.prefetch import Prefetch
+from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.activation_cache.session import Session
+from kgt_ddp.activation_cache.writer import Writer
+from kgt_ddp.blocks import Blocks
+from kgtrun.contract import environment
+from kgtrun.contract.events import EventWriter
+
+logger = logging.getLogger(__name__)
+
+MODES = ("off", "auto", "on")
+DEFAULT_MODE = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How to cache.
+
+    Raises:
+        ValueError: `mode` or `budget_bytes` is none of what is valid.
+    """
+
+    mode: str = DEFAULT_MODE
+    """"off"; "auto": where a measurement says that it pays; "on": wherever it can be done."""
+    directory: Path | None = None
+    """Of the files; a folder of this user under the system's temporary directory when left out."""
+    budget_bytes: int | None = None
+    """Of all files in the directory; a quarter of the free space when left out."""
+    exact: bool = False
+    """Keep 32-bit floats as they are, not as bfloat16."""
+    patience: int = PATIENCE
+    """Samples to look up without a hit before giving up: an epoch and a half of one rank."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"{environment.CACHE}={self.mode!r}: use one of {', '.join(MODES)}")
+        if self.budget_bytes is not None and self.budget_bytes <= 0:
+            raise ValueError(f"{environment.CACHE_BYTES}={self.budget_bytes}: a cache needs at least some bytes")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> CacheOptions:
+        """What the launcher set."""
+        environ = os.environ if environ is None else environ
+        directory = environ.get(environment.CACHE_DIR)
+        return cls(
+            mode=environ.get(environment.CACHE) or DEFAULT_MODE,
+            directory=Path(directory) if directory else None,
+            budget_bytes=environment.integer(environment.CACHE_BYTES, environ=environ),
+        )
+
+
+class ActivationCache:
+    """See the module docstring.
+
+    Args:
+        ddp: the wrapper; held weakly.
+        blocks: its partition, whose frontier the cache follows.
+        events: where states and totals are recorded.
+    """
+
+    def __init__(
+        self, ddp: nn.Module, blocks: Blocks, events: EventWriter, options: CacheOptions | None = None
+    ) -> None:
+        self.options = options if options is not None else CacheOptions.from_environment()
+        self.counters = Counters()
+        self.off: str | None = "it is switched off" if self.options.mode == "off" else None
+        """Why there is no cache at all, or None."""
+        self._ddp = weakref.ref(ddp)
+        self._blocks = blocks
+        self._events = events
+        self._folder = CacheFolder(self.options.directory or CacheFolder.default_path(), self.options.budget_bytes)
+        self._writer = Writer(self._folder.may_grow)
+        self._prefetch = Prefetch()
+        self._session: Session | None = None
+        self._said: tuple[Any, ...] = ()
+        self._ids: Sequence[int] | None = None
+        self._tap = InputTap()
+        self._hook = None if self.off else ddp.register_forward_pre_hook(self._tap, with_kwargs=True)
+
+    # ---- one forward ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around one training forward of the wrapper, after its mask was applied."""
+        inputs = self._tap.take()
+        with ExitStack() as stack:
+            try:
+                session = self._session_now()
+                if session is not None and inputs is not None:
+                    ids, self._ids = self._ids, None
+                    stack.enter_context(_Guarded(session.forward(inputs[0], inputs[1], ids), self._failed))
+            except Exception as error:
+                self._failed(error)
+            yield
+        self._tell()
+
+    def _session_now(self) -> Session | None:
+        """The session of the current frontier; None where nothing is frozen."""
+        frontier = self._blocks.frontier
+        if self.off is not None:
+            return None
+        if self._session is not None and self._session.prefix.frontier != frontier:
+            self._session.close(discard=True)
+            self._session = None
+        if self._session is None and frontier:
+            ddp = self._ddp()
+            assert ddp is not None, "a cache does not outlive its wrapper"
+            model = ddp.module
+            assert isinstance(model, nn.Module)
+            self._session = Session(
+                model,
+                Prefix(model, self._blocks),
+                folder=self._folder,
+                writer=self._writer,
+                prefetch=self._prefetch,
+                counters=self.counters,
+                gated=self.options.mode == "auto",
+                compact=not self.options.exact,
+                patience=self.options.patience,
+            )
+        return self._session
+
+    def _failed(self, error: Exception) -> None:
+        self.off = f"{type(error).__name__}: {error}"
+        logger.warning("activation cache: off after an error of its own: %s", self.off, exc_info=error)
+        self._events.write("cache", state="failed", reason=self.off)
+
+    def _tell(self) -> None:
+        """One line and one event for each change of state."""
+        session = self._session
+        if session is None:
+            return
+        state = "refused" if session.refused is not None else session.gate.state
+        reason = session.refused if session.refused is not None else session.gate.reason
+        said = (session.prefix.frontier, state, session.refused)
+        if said == self._said or (state == "trying" and not self._said):
+            self._said = said
+            return
+        self._said = said
+        self._events.write("cache", state=state, reason=reason, frontier=session.prefix.frontier, **self._totals())
+        if state == "refused":
+            logger.warning("activation cache: the first %d blocks go uncached: %s", session.prefix.frontier, reason)
+        else:
+            logger.info("activation cache: %s at frontier %d: %s", state, session.prefix.frontier, reason)
+
+    # ---- for loaders ------------------------------------------------------------------------------------------------
+
+    def expect(self, ids: Sequence[int]) -> None:
+        """A batch of these samples will come; see `loader.CachedLoader`."""
+        self._prefetch.announce(ids)
+
+    def comes(self, ids: Sequence[int]) -> None:
+        """The next training forward is of these samples."""
+        self._ids = ids
+
+    # ---- totals -----------------------------------------------------------------------------------------------------
+
+    @property
+    def refused(self) -> str | None:
+        """Why the current frontier goes uncached, or None."""
+        return self.off or (self._session.refused if self._session is not None else None)
+
+    @property
+    def state(self) -> str:
+        """off, idle (nothing frozen), refused, or the gate's state."""
+        if self.off is not None:
+            return "off"
+        if self._session is None:
+            return "idle"
+        return "refused" if self._session.refused is not None else self._session.gate.state
+
+    def drain(self, timeout_s: float = 10.0) -> bool:
+        """Wait, at most so long, until what was computed is written."""
+        return self._writer.drain(timeout_s)
+
+    def summary(self) -> dict[str, Any]:
+        """Mode, state and counters, as plain data."""
+        return {"mode": self.options.mode, "state": self.state, "reason": self.refused, **self._totals()}
+
+    def _totals(self) -> dict[str, Any]:
+        self.counters.bytes_written = self._writer.num_bytes
+        self.counters.background_s = self._writer.seconds + self._prefetch.seconds
+        return self.counters.as_dict()
+
+    def close(self) -> None:
+        """Record the totals and let go of the file, which stays for the next start of the same job."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self._writer.drain(2.0)
+            self._events.write("cache_end", **self.summary())
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self.off = self.off or "it is closed"
+
+
+class InputTap:
+    """A forward pre-hook of the wrapper that keeps the arguments until `forward` asks for them. A copy keeps nothing."""
+
+    def __init__(self) -> None:
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs = (args, kwargs) if module.training else None
+
+    def take(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inputs, self._inputs = self._inputs, None
+        return inputs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (InputTap, ())
+
+
+class _Guarded:
+    """A context manager whose end does not raise: what fails there is reported."""
+
+    def __init__(self, inner: Any, failed: Any) -> None:
+        self._inner, self._failed = inner, failed
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        try:
+            self._inner.__exit__(None, None, None)
+        except Exception as error:
+            self._failed(error)

@@ -1,0 +1,342 @@
+"""Training with the cache is training without it, for every kind of model; what cannot be cached is not, and says why."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.kgt_ddp.activation_cache.jobs import both, equal, farthest, job
+from tests.kgt_ddp.networks import EncoderDecoder, Layer, Residual, SmallResNet, SmallViT, TiedLanguageModel
+
+
+def images(batches=4, size=4):
+    g = torch.Generator().manual_seed(1)
+    return [((torch.randn(size, 1, 8, 8, generator=g),), {}) for _ in range(batches)]
+
+
+def pairs(batches=4):
+    g = torch.Generator().manual_seed(2)
+    return [(tuple(torch.randint(0, 30, (2, 4, 6), generator=g)), {}) for _ in range(batches)]
+
+
+TEXTS = [torch.randint(1, 30, (n,), generator=torch.Generator().manual_seed(n)) for n in range(2, 18)]
+
+
+def texts(order, size=4):
+    """Batches of a few texts of known lengths, padded to the longest of the batch."""
+    batches = []
+    for start in range(0, len(order), size):
+        chosen = [TEXTS[i] for i in order[start : start + size]]
+        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+        labels = torch.tensor([len(t) % 2 for t in chosen])
+        batches.append(((), {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}))
+    return batches
+
+
+def bert():
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=30
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def t5_encoder():
+    """Its blocks return tuples: hidden states, and a bias that belongs to no sample."""
+    import transformers
+
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=3, num_heads=2, vocab_size=30, dropout_rate=0.0
+    )
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = transformers.T5EncoderModel(config)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, ids):
+            return self.head(self.encoder(input_ids=ids).last_hidden_state.mean(1))
+
+    return Classifier()
+
+
+CASES = {
+    "resnet": (SmallResNet, images(), (1, 2, 3, 4)),
+    "vit": (SmallViT, images(), (1, 3)),
+    "bert": (bert, texts(range(16)), (1, 3)),
+    "encoder_decoder": (EncoderDecoder, pairs(), (1, 2)),
+    "t5_encoder": (t5_encoder, [((source,), {}) for (source, _), _ in pairs()], (1, 2)),
+    "vit_checkpoint": (lambda: SmallViT(checkpointing="yes"), images(), (2,)),
+}
+
+
+@pytest.mark.parametrize(("name", "frontier"), [(n, k) for n, (_, _, ks) in CASES.items() for k in ks])
+def test_outputs_and_gradients_are_those_without_the_cache_bit_for_bit(name, frontier, tmp_path):
+    make, batches, _ = CASES[name]
+    ours, theirs, summary = both(make, batches, frontier, tmp_path)
+    assert summary["reason"] is None
+    assert summary["full_batches"] >= 5
+    assert equal(ours, theirs)
+
+
+def test_texts_hit_whatever_they_are_padded_to(tmp_path):
+    """Shuffled, so that each text is padded to another length in each epoch. Padding alone changes bits (6e-7 here)."""
+    orders = [torch.randperm(16, generator=torch.Generator().manual_seed(e)).tolist() for e in range(5)]
+    with (
+        job(bert, texts(orders[0])[0], 2, tmp_path) as cached,
+        job(bert, texts(orders[0])[0], 2, tmp_path, mode="off") as off,
+    ):
+        for order in orders[:2]:
+            cached.epochs(texts(order), 1)
+        before = cached.cache.summary()
+        for order in orders[2:]:
+            assert farthest(cached.epochs(texts(order), 1), off.epochs(texts(order), 1)) < 2e-5
+        after = cached.cache.summary()
+    assert after["full_batches"] - before["full_batches"] == 12
+    assert after["misses"] == before["misses"]
+
+
+def test_compact_records_stay_within_bfloat16s_error(tmp_path):
+    """One rounding to 8 significant bits of the frontier's output: 2^-9 of each element, a few times that of a gradient."""
+    for name in ("resnet", "bert"):
+        make, batches, _ = CASES[name]
+        ours, theirs, summary = both(make, batches, 2, tmp_path / name, exact=False)
+        assert summary["full_batches"] >= 5
+        assert not equal(ours, theirs)
+        assert farthest(ours, theirs) < 0.05
+        outputs = farthest([step[:1] for step in ours], [step[:1] for step in theirs])
+        assert outputs < 0.01
+
+
+def test_under_autocast_records_keep_their_bits(tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs, summary = both(SmallViT, images(), 2, tmp_path)
+    assert summary["full_batches"] >= 5
+    assert equal(ours, theirs)
+
+
+def test_of_a_batch_with_some_known_samples_only_the_others_are_computed(tmp_path):
+    known, fresh = images(4), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    mixed = ((torch.cat([known[3][0][0], fresh])[[4, 0, 5, 1, 2, 6, 3]],), {})
+    sizes = []
+    with job(SmallResNet, known[0], 2, tmp_path) as cached, job(SmallResNet, known[0], 2, tmp_path, mode="off") as off:
+        cached.epochs(known, 2)
+        unit = cached.blocks[0].unit
+        compute = unit.forward
+        unit.forward = lambda x: sizes.append(len(x)) or compute(x)
+        # The batch of 7 is of a new size: its first pass teaches the shapes, and computes everything.
+        ours = [cached.step(mixed)]
+        cached.cache.drain()
+        again = [cached.step(((torch.cat([mixed[0][0][:4], fresh + 1]),), {}))]
+        del unit.forward
+        summary = cached.cache.summary()
+        assert summary["partial_batches"] == 1
+        assert sizes == [7, 3]
+        assert equal(ours, [off.step(mixed)])
+        assert farthest(again, [off.step(((torch.cat([mixed[0][0][:4], fresh + 1]),), {}))]) < 1e-5
+
+
+def test_a_smaller_last_batch_is_read_too(tmp_path):
+    batches = [*images(3, size=6), ((images(1, size=6)[0][0][0][:2],), {})]
+    ours, theirs, summary = both(SmallResNet, batches, 3, tmp_path)
+    assert summary["full_batches"] >= 6
+    assert farthest(ours, theirs) < 1e-5
+
+
+def test_a_stray_read_from_behind_the_frontier_goes_on_computing(tmp_path):
+    """The target embedding runs in front of the encoder, so it freezes with its first layer; only the decoder reads it."""
+    with job(EncoderDecoder, pairs()[0], 1, tmp_path) as cached:
+        calls = []
+        for name in ("source", "target"):
+            module = getattr(cached.model, name)
+            module.forward = lambda x, name=name, compute=module.forward: calls.append(name) or compute(x)
+        cached.epochs(pairs(), 2)
+        calls.clear()
+        cached.step(pairs()[0])
+    assert calls == ["target"]
+
+
+# ---- what is not cached ---------------------------------------------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """Reads the output of block 0 behind block 2, as a U-Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 1)
+        self.blocks = nn.ModuleList([Residual(4) for _ in range(4)])
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        first = self.blocks[0](self.stem(x))
+        x = self.blocks[2](self.blocks[1](first)) + first
+        return self.head(self.blocks[3](x).mean((2, 3)))
+
+
+class Mixes(SmallResNet):
+    """Normalises with the statistics of the batch, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[0].norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+class Noisy(SmallResNet):
+    """Noise that evaluation mode does not switch off."""
+
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+class Segments(SmallResNet):
+    """A checkpoint around two blocks, recomputed in the backward when the short circuit is over."""
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        x = checkpoint(lambda t: self.blocks[2](self.blocks[1](t)), x, use_reentrant=False)
+        return self.head(self.blocks[3](x).mean((2, 3)))
+
+
+class LengthFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0) for _ in range(3)])
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(0))
+
+
+class Opaque:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class ReturnsObject(SmallResNet):
+    def forward(self, x):
+        return Opaque(super().forward(x)).tensor
+
+
+class WrapsBlock(nn.Module):
+    """Its blocks hand an object from one to the next."""
+
+    def __init__(self):
+        super().__init__()
+
+        class Step(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = Residual(4)
+
+            def forward(self, x):
+                return Opaque(self.inner(x.tensor))
+
+        self.blocks = nn.ModuleList([Step() for _ in range(3)])
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = Opaque(x.expand(-1, 4, -1, -1).clone())
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.tensor.mean((2, 3)))
+
+
+def hooked(model):
+    model.blocks[1].conv.register_forward_hook(lambda *_: None)
+
+
+IDS = [((ids,), {}) for (ids, _), _ in pairs()]
+REFUSED = {
+    "skip": (Skips, images(), {}, "reads inside block blocks.0 from behind"),
+    "hook": (SmallResNet, images(), {"before": hooked}, "block blocks.1 has a hook on blocks.1.conv"),
+    "tied": (TiedLanguageModel, IDS, {}, "embedding.weight in block layers.0 still trains"),
+    "mixes": (Mixes, images(), {}, "block blocks.1 a sample depends on the rest of its batch"),
+    "noisy": (Noisy, images(), {}, "up to blocks.1 compute with random numbers"),
+    "length_first": (LengthFirst, IDS, {}, "block layers.1 a sample depends on the rest of its batch"),
+    "object": (WrapsBlock, images(), {}, "block blocks.1: it returns a Opaque"),
+    "gradient": (
+        SmallResNet,
+        [((torch.randn(4, 1, 8, 8, requires_grad=True),), {})] * 6,
+        {},
+        "'0' needs a gradient",
+    ),
+    "one_sample": (SmallResNet, images(8, size=1), {}, "no batch was fit for the check"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_a_model_that_cannot_be_cached_trains_on_and_the_line_says_why(name, tmp_path, caplog):
+    make, batches, extra, why = REFUSED[name]
+    ours, theirs, summary = both(make, batches, 2, tmp_path, **extra)
+    assert summary["state"] == "refused"
+    assert why in summary["reason"]
+    assert caplog.text.count("go uncached") == 1
+    assert summary["hits"] == 0
+    if name != "noisy":  # which draws other numbers after the check, being random
+        assert equal(ours, theirs)
+
+
+def test_a_checkpoint_across_the_frontier_is_refused_and_one_behind_it_is_not(tmp_path):
+    inside, _, summary = both(Segments, images(), 2, tmp_path / "inside")
+    assert "reads" in summary["reason"]
+    ours, theirs, summary = both(Segments, images(), 1, tmp_path / "behind")
+    assert summary["reason"] is None
+    assert summary["full_batches"] >= 5
+    assert equal(ours, theirs)
+
+
+def test_a_compiled_model_is_refused(tmp_path):
+    with job(SmallResNet, images()[0], 2, tmp_path) as cached:
+        cached.blocks[0].unit.compile(backend="eager")
+        cached.epochs(images(2), 1)
+        assert "is compiled" in cached.cache.refused
+
+
+def test_the_check_leaves_no_trace(tmp_path):
+    """Random numbers, running statistics of active layers, modes and gradients are as without it."""
+    make = lambda: SmallResNet(dropout=0.2)  # noqa: E731
+    states = []
+    for mode in ("on", "off"):
+        with job(make, images()[0], 2, tmp_path, mode=mode) as made:
+            torch.manual_seed(5)
+            for arguments in images(5):
+                made.wrapper(*arguments[0]).sum().backward()
+            states.append((copy.deepcopy(made.model.state_dict()), torch.random.get_rng_state(), made.cache.counters))
+    (ours, our_rng, counters), (theirs, their_rng, _) = states
+    assert counters.check_s > 0
+    assert torch.equal(our_rng, their_rng)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_layers_of_a_list_in_a_model_of_the_users(tmp_path):
+    """A model that makes its mask itself, from the ids, in front of the prefix."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(30, 16)
+            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 16, batch_first=True) for _ in range(3)])
+            self.extra = Layer(16)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, ids):
+            mask, x = ids == 0, self.embedding(ids)
+            for layer in self.layers:
+                x = layer(x, src_key_padding_mask=mask)
+            return self.head(self.extra(x).masked_fill(mask[..., None], 0).sum(1))
+
+    ids = [((a[1]["input_ids"],), {}) for a in texts(range(16))]
+    ours, theirs, summary = both(Masked, ids, 2, tmp_path)
+    assert summary["full_batches"] >= 5
+    assert equal(ours, theirs)
