@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Mapping
@@ -63,6 +64,12 @@ def number(request: Request, name: str, kind: type = int) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"--{name.replace('_', '-')} is {text!r}: {wanted} is needed") from None
+
+
+def log_directory(base: Path, job: RendezvousSpec) -> Path:
+    """Base of this launcher's log files. Nodes may share it over a network, and count their local ranks alike: in a job
+    of several nodes each launcher has a directory of its own."""
+    return base if job.max_nodes == 1 else base / f"{socket.gethostname()}-{os.getpid()}"
 
 
 def byte_count(text: str) -> int:
@@ -193,7 +200,7 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
         ),
         rendezvous=job,
         logs=LogSpec(
-            directory=Path(request.text("log_dir") or run_dir / "logs"),
+            directory=log_directory(Path(request.text("log_dir") or run_dir / "logs"), job),
             redirects=parse_streams(request.text("redirects")),
             tee=parse_streams(request.text("tee")),
             only_ranks=frozenset(int(part) for part in only.split(",")) if only else frozenset(),

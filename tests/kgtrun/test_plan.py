@@ -100,3 +100,14 @@ def test_our_switches():
     assert plan("--no-drop-in x.py").ranks.environment[names.DROP_IN] == "0"
     assert plan("x.py").ranks.environment[names.DROP_IN] == "1"
     assert plan("x.py").share_cores and not plan("--no-core-sharing x.py").share_cores
+
+
+def test_launchers_of_several_nodes_do_not_share_log_files():
+    from pathlib import Path
+
+    from kgtrun.plan import log_directory
+    from launcher.config import RendezvousSpec
+
+    base = Path("logs")
+    assert log_directory(base, RendezvousSpec()) == base
+    assert log_directory(base, RendezvousSpec(min_nodes=2, max_nodes=2)).parent == base
