@@ -22,14 +22,17 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.pairing_workloads import WORKLOADS, Workload
+from kgt_ddp.policies.kgt import LAG_INTERVALS
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.policy_spec import parse_policy
 from kgt_ddp.reference.arena import named_tensors
@@ -38,17 +41,18 @@ from kgt_ddp.reference.pairing import compare
 from kgt_ddp.reference.runner import Similarities, make_runner
 from kgt_ddp.reference.samples import sub_batch
 
-NUM_PROBE = 64
-NUM_HELD_OUT = 2_000
-DECISIONS = 150
-LAG_INTERVALS = 2
 FLOOR_EVERY = 8
 SIGNALS = {"plasticity": 1, "plasticity_2": 2, "plasticity_4": 4}
 """Signal to multiple of the lag."""
 JOBS: dict[str, dict[str, Any]] = {
-    "resnet": {"learning_rate": 0.05, "batch_size": 32, "num_samples": 4_000, "epochs": 6},
-    "minilm": {"learning_rate": 5e-5, "batch_size": 16, "num_samples": 2_000, "epochs": 3},
+    "resnet": {"learning_rate": 0.05, "batch_size": 32, "num_samples": 4_000, "epochs": 6}
+    | {"num_probe": 64, "decisions": 150, "num_held_out": 2_000},
+    "small-resnet": {"learning_rate": 0.05, "batch_size": 32, "num_samples": 4_000, "epochs": 6}
+    | {"num_probe": 64, "decisions": 150, "num_held_out": 2_000},
+    "minilm": {"learning_rate": 5e-5, "batch_size": 8, "num_samples": 1_200, "epochs": 2}
+    | {"num_probe": 32, "decisions": 75, "num_held_out": 400},
 }
+NUM_TOKENS = 24
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -60,14 +64,35 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Share of the job done to share of the peak learning rate. `cyclic` is three cosines with warm restarts."""
 
 
+def job_of(workload: str, total_steps: int) -> Workload:
+    """The job that a workload's name stands for: those of `benchmarks.pairing`, made smaller where they are slow.
+
+    `small-resnet` has half the channels and sees images of half the size; `minilm` sees the first tokens of its texts.
+    """
+    if workload == "minilm":
+        job = WORKLOADS["minilm"](total_steps, quick=False)
+        return replace(job, call=lambda indices: ((), {k: v[:, :NUM_TOKENS] for k, v in job.call(indices)[1].items()}))
+    job = WORKLOADS["resnet"](total_steps, quick=False)
+    if workload == "resnet":
+        return job
+    from resnet import ResNet  # an example: importable once the workload above has been made
+
+    net = ResNet(blocks_per_stage=3, width=8)
+    halved = functional.avg_pool2d(job.call(torch.arange(job.num_samples))[0][0], 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    return replace(job, net=net, optimizer=optimizer, call=lambda indices: ((halved[indices],), {}))
+
+
 class Recorder:
     """One job, trained and looked at; `record` adds an entry, `decide` asks the policy."""
 
-    def __init__(self, job: Workload, *, interval: int, total_steps: int, policy: Policy | None) -> None:
+    def __init__(
+        self, job: Workload, *, interval: int, total_steps: int, num_probe: int, policy: Policy | None
+    ) -> None:
         structure = pickled_structure(job.net)
         self._half = make_runner(model_from(structure), job.watched, "bf16")
         self._exact = make_runner(model_from(structure), job.watched, "fp32")
-        self._probe = sub_batch(*job.call(torch.arange(NUM_PROBE)), NUM_PROBE)
+        self._probe = sub_batch(*job.call(torch.arange(num_probe)), num_probe)
         self._remembered: dict[int, Similarities] = {}
         self._floor: list[float | None] = []
         self._job = job
@@ -191,12 +216,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     job_facts = JOBS[args.workload] | ({"epochs": args.epochs} if args.epochs else {})
     rate, size, count = job_facts["learning_rate"], job_facts["batch_size"], job_facts["num_samples"]
     total_steps = job_facts["epochs"] * (count // size)
-    interval = min(max(total_steps // DECISIONS, 3), 50)
-    job = WORKLOADS[args.workload](total_steps, quick=False)
+    interval = min(max(total_steps // job_facts["decisions"], 3), 50)
+    job = job_of(args.workload, total_steps)
     order = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))
-    chosen, tested = order[:count], order[count : count + NUM_HELD_OUT]
+    chosen, tested = order[:count], order[count : count + job_facts["num_held_out"]]
     recorder = Recorder(
-        job, interval=interval, total_steps=total_steps, policy=parse_policy(args.policy) if args.policy else None
+        job,
+        interval=interval,
+        total_steps=total_steps,
+        num_probe=job_facts["num_probe"],
+        policy=parse_policy(args.policy) if args.policy else None,
     )
     block, _, when = (args.reinit or "").partition("@")
     generator = torch.Generator().manual_seed(args.seed)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kgt_ddp.errors import PolicyError
 from kgt_ddp.policies.gradnorm import GradNorm
+from kgt_ddp.policies.kgt import Kgt
 from kgt_ddp.policies.kgt_paper import KgtPaper
 from kgt_ddp.policies.policy import Policy
 from kgt_ddp.policies.schedules import Linear, NeverFreeze, Replay, Static
@@ -24,6 +25,7 @@ _BUILDERS: dict[str, Callable[..., Policy]] = {
     "linear": Linear,
     "gradnorm": GradNorm,
     "kgt-paper": KgtPaper,
+    "kgt": Kgt,
 }
 
 

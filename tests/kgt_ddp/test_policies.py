@@ -4,6 +4,7 @@ import pytest
 
 from kgt_ddp.errors import PolicyError
 from kgt_ddp.policies.gradnorm import GradNorm
+from kgt_ddp.policies.kgt import Kgt
 from kgt_ddp.policies.kgt_paper import KgtPaper
 from kgt_ddp.policies.policy import Observation
 from kgt_ddp.policies.schedules import Linear, NeverFreeze, Replay, Static
@@ -48,7 +49,8 @@ def test_every_policy_is_built_from_its_text():
     assert isinstance(parse_policy("none"), NeverFreeze)
     assert parse_policy("gradnorm:intervals=8") == GradNorm(intervals=8)
     assert parse_policy("kgt-paper:window=6,tolerance=0.1") == KgtPaper(window=6, tolerance=0.1)
-    assert {"gradnorm", "kgt-paper", "linear", "none", "replay", "static"} <= set(policy_names())
+    assert parse_policy("kgt:tolerance=0.02") == Kgt(tolerance=0.02)
+    assert {"gradnorm", "kgt", "kgt-paper", "linear", "none", "replay", "static"} <= set(policy_names())
 
 
 def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
@@ -73,6 +75,7 @@ def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
         ("none:x=1", "its options: none"),
         ("gradnorm:intervals=1", "at least 2"),
         ("kgt-paper:window=1", "at least 2"),
+        ("kgt:tolerance=2", "between 0 and 1"),
         ("kgt-paper:_booted=1", "its options: window=…, tolerance=…, thaw=…"),
         ("replay:", "needs the directory"),
     ],

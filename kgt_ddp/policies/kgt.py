@@ -1,0 +1,195 @@
+"""`kgt`: freeze the front blocks whose movement still to come is small beside what has moved so far. The default.
+
+Numbers it listens to, one a block, means over the ranks: "plasticity", "plasticity_2" and "plasticity_4", which are
+S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed distance on retained samples, and "floor".
+`cut_history` makes of them what is still to come of each cut and what is past. A cut is still when
+
+    to come < tolerance × √(its own past × the deepest block's past)    and    it has declined from its peak
+
+for `PATIENCE` visible evaluations in a row. All of it is relative: to the block's own history, and to how far the network
+as a whole has travelled, so that precision, samples, schedule and scale cancel. Everything in front of a still cut is
+frozen at once, also a block that by itself is up to `FRONT` times as restless; not one of which nothing is known.
+
+Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
+
+Everything is thawed, and judged afresh from what is seen after that: when the learning rate drops abruptly or rises
+(`learning_rate`); when a frozen block has moved (somebody wrote to its weights); when the deepest block moves `ALARM`
+times more than at the freeze (training has entered another phase: other data, a spike).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from kgt_ddp.policies.cost import job_steps, pays, steps_to_come
+from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, visible
+from kgt_ddp.policies.learning_rate import RateWatch
+from kgt_ddp.policies.policy import Decision, Observation
+
+LAG_INTERVALS: Final = 2
+"""The lag L in intervals from decision to decision: 4L is then about a twentieth of a job of 150 decisions."""
+MIN_STEPS: Final = 200
+"""A network that has made fewer steps than this is in its first transient, whatever its scores say."""
+WINDOW: Final = 0.16
+"""Share of the job over which levels are taken, and at least 4L steps; half of it after an abrupt drop."""
+PATIENCE: Final = 4
+FRONT: Final = 4.0
+ALARM: Final = 8.0
+
+
+@dataclass(kw_only=True)
+class Kgt:
+    """See the module.
+
+    Args:
+        tolerance: how much of the movement so far a block may still owe when it is frozen.
+    """
+
+    tolerance: float = 0.01
+    signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
+    needs_total_steps: ClassVar[bool] = False
+    _rate: RateWatch = field(default_factory=RateWatch, init=False)
+    _cuts: list[CutHistory] = field(default_factory=list, init=False)
+    _quick: bool = field(default=False, init=False)
+    """An abrupt drop was the last event: half the window and half the patience do."""
+    _frozen_step: int = field(default=0, init=False)
+    _level_at_freeze: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tolerance < 1.0:
+            raise ValueError(f"kgt: tolerance={self.tolerance} must be between 0 and 1")
+
+    def decide(self, observation: Observation) -> Decision:
+        event = self._rate.note(observation.step, observation.learning_rate)
+        if observation.lag_steps is None:
+            return Decision(frontier=observation.frontier, reason="no lag: nothing can be scored")
+        span = 4 * observation.lag_steps
+        self._cuts = self._cuts or [CutHistory() for _ in range(observation.num_blocks)]
+        if event:
+            self._quick = event == "drop"
+            self._begin_afresh(observation.step, span)
+        scores = _scores(observation)
+        window = self._window(observation, span)
+        seen = [
+            cut.note(observation.step, one, span=span, window=window)
+            for cut, one in zip(self._cuts, scores, strict=True)
+        ]
+        if observation.frontier and (why := self._why_thaw(observation, event, scores, span)):
+            self._begin_afresh(observation.step, span)
+            return Decision(frontier=0, reason=why)
+        return self._judge(observation, seen, span)
+
+    def _judge(self, observation: Observation, seen: list[bool], span: int) -> Decision:
+        horizon = self._rate.horizon(steps_to_come(observation))
+        outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
+        shares = _shares(outlooks)
+        self._count_still(seen, shares, outlooks)
+        target, reason = self._target(observation, seen, shares, span)
+        if target > observation.frontier:
+            self._frozen_step = observation.apply_step
+            self._level_at_freeze = outlooks[-1].level if outlooks[-1] else None
+        return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rate": self._rate.state_dict(),
+            "cuts": [cut.state_dict() for cut in self._cuts],
+            "quick": self._quick,
+            "frozen_step": self._frozen_step,
+            "level_at_freeze": self._level_at_freeze,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rate.load_state_dict(state["rate"])
+        self._cuts = [CutHistory.from_state(one) for one in state["cuts"]]
+        self._quick, self._frozen_step = state["quick"], state["frozen_step"]
+        self._level_at_freeze = state["level_at_freeze"]
+
+    def _window(self, observation: Observation, span: int) -> int:
+        share = WINDOW / 2 if self._quick else WINDOW
+        return max(span, int(share * job_steps(observation)))
+
+    def _begin_afresh(self, step: int, span: int) -> None:
+        self._level_at_freeze = None
+        for cut in self._cuts:
+            cut.pace_changed(step, span)
+
+    def _count_still(self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None]) -> None:
+        for cut, visible_now, share, outlook in zip(self._cuts, seen, shares, outlooks, strict=True):
+            if share is None or outlook is None:
+                cut.num_still = 0
+            elif visible_now:
+                still = share < self.tolerance and outlook.declined
+                cut.num_still = cut.num_still + 1 if still else 0
+
+    def _target(
+        self, observation: Observation, seen: list[bool], shares: list[float | None], span: int
+    ) -> tuple[int, str]:
+        frontier = observation.frontier
+        if observation.apply_step < MIN_STEPS:
+            return frontier, f"the first {MIN_STEPS} steps"
+        if steps_to_come(observation) < span:
+            return frontier, "too near the end"
+        patience = PATIENCE // 2 if self._quick else PATIENCE
+        reach = frontier
+        for block in range(frontier, observation.max_frontier):
+            share, cut = shares[block], self._cuts[block]
+            if seen[block] and cut.num_still >= patience:
+                reach = block + 1
+            elif not self._quiet_enough(share, cut):
+                break
+        if reach == frontier:
+            return frontier, "no cut behind the frontier is still"
+        if not pays(observation, reach):
+            return frontier, f"freezing {reach} blocks would not pay"
+        return reach, f"the cut behind block {reach - 1} is still: {shares[reach - 1]:.2%} of its movement is to come"
+
+    def _quiet_enough(self, share: float | None, cut: CutHistory) -> bool:
+        """May a still cut behind this block freeze it too?"""
+        if share is not None:
+            return share < FRONT * self.tolerance
+        return cut.num_near_floor >= PATIENCE
+
+    def _why_thaw(self, observation: Observation, event: str | None, scores: list[Scores], span: int) -> str | None:
+        if event == "drop":
+            return "the learning rate dropped: front blocks may move once more"
+        if event == "rise":
+            return "the learning rate rose: standing still at a lower one proves nothing"
+        if observation.step <= self._frozen_step + span:
+            return None
+        moved = [block for block in range(observation.frontier) if visible(scores[block])]
+        if moved:
+            return f"frozen block {moved[-1]} has moved: its weights were written to"
+        return self._alarm(span)
+
+    def _alarm(self, span: int) -> str | None:
+        now = self._cuts[-1].outlook(0.0, span)
+        if now is None or self._level_at_freeze is None or now.level < ALARM * self._level_at_freeze:
+            return None
+        return f"the deepest block moves {now.level / self._level_at_freeze:.0f} times more than at the freeze"
+
+    def _numbers(self, outlooks: list[Outlook | None], shares: list[float | None], horizon: float) -> dict[str, Any]:
+        if not any(outlooks):
+            return {}
+        return {
+            "horizon_steps": round(horizon) if math.isfinite(horizon) else None,
+            "share": [None if s is None or math.isinf(s) else float(f"{s:.2g}") for s in shares],
+            "level": [o and float(f"{o.level:.2g}") for o in outlooks],
+            "exponent": [o and round(o.exponent, 1) for o in outlooks],
+            "still": [cut.num_still for cut in self._cuts],
+        }
+
+
+def _shares(outlooks: list[Outlook | None]) -> list[float | None]:
+    """What is to come of each cut as a share of what is past, see the module; None where it is not known."""
+    deepest = next((o.past for o in reversed(outlooks) if o), None)
+    return [o.to_come / math.sqrt(o.past * deepest) if o and deepest else None for o in outlooks]
+
+
+def _scores(observation: Observation) -> list[Scores]:
+    unknown = (None,) * observation.num_blocks
+    columns = [observation.signals.get(name, unknown) for name in Kgt.signals]
+    return [Scores(near=n, middle=m, far=f, floor=z) for n, m, f, z in zip(*columns, strict=True)]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from kgt_ddp.policies.cut_history import CutHistory, Scores, visible
+
+SPAN, WINDOW = 40, 120
+
+
+def scores(near, *, growth=2.0, floor=1e-9):
+    """Of a block whose S doubles with the distance, unless told otherwise."""
+    return Scores(near=near, middle=near * growth, far=near * growth**2, floor=floor)
+
+
+def history(values, *, every=10, growth=2.0, start=40):
+    cut = CutHistory()
+    for index, value in enumerate(values):
+        cut.note(start + index * every, scores(value, growth=growth), span=SPAN, window=WINDOW)
+    return cut
+
+
+@pytest.mark.parametrize(("growth", "exponent"), [(1.0, 0.0), (2.0, 1.0), (4.0, 2.0), (16.0, 2.0), (0.5, 0.0)])
+def test_the_exponent_tells_jitter_from_wandering_from_steady_movement(growth, exponent):
+    outlook = history([1e-5] * 20, growth=growth).outlook(400, SPAN)
+    assert outlook.exponent == pytest.approx(exponent)
+    assert outlook.to_come == pytest.approx(outlook.level * 10**exponent)
+
+
+def test_past_has_one_term_every_four_lags():
+    outlook = history([1e-5] * 21).outlook(0, SPAN)  # steps 40 to 240
+    assert outlook.past == pytest.approx(6 * 4e-5)
+    assert outlook.level == pytest.approx(4e-5)
+
+
+def test_the_level_is_of_the_window_and_one_gust_does_not_move_it():
+    cut = history([1e-4] * 20 + [1e-6] * 6 + [5e-6] + [1e-6] * 6)
+    assert cut.outlook(0, SPAN).level == pytest.approx(4e-6)
+    assert cut.peak == pytest.approx(4e-4)
+
+
+def test_a_decline_is_one_of_most_of_the_window():
+    # 12 evaluations make a window: of 6 quiet ones among them, half are still at the old level
+    assert not history([1e-4] * 20 + [1e-6] * 6).outlook(0, SPAN).declined
+    assert history([1e-4] * 20 + [1e-6] * 11).outlook(0, SPAN).declined
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Scores(near=None, middle=2e-5, far=4e-5, floor=1e-9),
+        Scores(near=1e-5, middle=math.nan, far=4e-5, floor=1e-9),
+        Scores(near=1e-5, middle=2e-5, far=math.inf, floor=1e-9),
+        Scores(near=1e-5, middle=2e-5, far=4e-5, floor=None),
+        Scores(near=1e-5, middle=2e-5, far=4e-5, floor=0.5e-5),  # near the floor
+        Scores(near=0.0, middle=0.0, far=0.0, floor=0.0),  # a block that does not move: frozen by hand
+        Scores(near=1e-5, middle=1e-3, far=4e-5, floor=1e-9),  # S(2L) far above both its neighbours
+        Scores(near=1e-3, middle=1e-7, far=1e-5, floor=1e-9),
+    ],
+)
+def test_what_is_not_visible_changes_nothing(bad):
+    assert visible(bad) is None
+    cut = history([1e-5] * 20)
+    before = cut.outlook(100, SPAN)
+    assert not cut.note(240, bad, span=SPAN, window=WINDOW)
+    assert cut.outlook(100, SPAN) == before
+
+
+def test_an_exact_reference_has_no_floor():
+    assert visible(scores(1e-12, floor=0.0)) == (1e-12, 4e-12)
+
+
+def test_too_few_evaluations_say_nothing():
+    assert history([1e-5] * 4).outlook(100, SPAN) is None
+    cut = history([1e-5] * 20)
+    cut.note(2000, Scores(near=None, middle=None, far=None, floor=None), span=SPAN, window=WINDOW)
+    assert cut.outlook(100, SPAN) is None  # what it knew is too old
+
+
+def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jump():
+    calm = [1e-3] * 6 + [1e-5] * 20
+    cut = history([*calm, 8e-4])
+    jump = 40 + 10 * len(calm)
+    assert cut.outlook(100, SPAN) is None and cut.past == 0 and cut.blind_until == jump + SPAN
+    for step in range(jump + 10, jump + 161, 10):
+        cut.note(step, scores(2e-5), span=SPAN, window=WINDOW)
+    assert cut.outlook(100, SPAN).past == pytest.approx(3 * 8e-5)
+    assert cut.outlook(100, SPAN).level == pytest.approx(8e-5)
+
+
+def test_a_gust_is_no_jump():
+    assert history([*[1e-3] * 6, *[1e-5] * 20, 8e-5]).past > 0  # far from what the run has seen
+
+
+def test_evaluations_near_the_floor_are_counted_in_a_row():
+    cut = history([1e-5] * 20)
+    low = Scores(near=1e-9, middle=1e-9, far=2e-9, floor=1e-9)
+    for step in (240, 250, 260):
+        cut.note(step, low, span=SPAN, window=WINDOW)
+    assert cut.num_near_floor == 3
+    cut.note(270, Scores(near=None, middle=None, far=None, floor=None), span=SPAN, window=WINDOW)
+    assert cut.num_near_floor == 0
+
+
+def test_a_long_run_keeps_few_evaluations():
+    cut = CutHistory()
+    for step in range(0, 20_000, 10):
+        cut.note(step, scores(1e-5), span=SPAN, window=5_000)
+    assert len(cut.recent) <= 34
+
+
+def test_it_is_restored_from_plain_data():
+    cut = history([1e-5] * 20)
+    state = json.loads(json.dumps(cut.state_dict(), allow_nan=False))
+    assert dataclasses.asdict(CutHistory.from_state(state)) == dataclasses.asdict(cut)

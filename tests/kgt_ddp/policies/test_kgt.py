@@ -1,0 +1,268 @@
+"""The rule on made-up scores, one circumstance at a time; test_kgt_traces.py has recorded ones.
+
+Made-up blocks lose a decade of S every `scale` steps, the front ones sooner; S doubles with the distance (wandering).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from kgt_ddp.policies.kgt import Kgt
+from tests.kgt_ddp.policies.drive import drive, frontiers
+
+TOTAL, EVERY, LAG = 1500, 10, 20
+SCALES = (250, 400, 600, 900)
+FLOOR = 1e-12
+
+
+def settling(count=150, scales=SCALES, start=1e-3):
+    """S(L) per decision and block."""
+    return [[start * 10 ** (-i * EVERY / scale) for scale in scales] for i in range(count)]
+
+
+def signals(near, *, growth=2.0, floor=FLOOR):
+    """The four signals for rows of S(L); S(2L) and S(4L) come later, as the first versions must be that old."""
+    known = {1: 2, 2: 4, 4: 8}
+
+    def at(times, factor):
+        return [[None if v is None or i < known[times] else v * factor for v in row] for i, row in enumerate(near)]
+
+    return {
+        "plasticity": at(1, 1.0),
+        "plasticity_2": at(2, growth),
+        "plasticity_4": at(4, growth**2),
+        "floor": [[floor] * len(row) for row in near],
+    }
+
+
+def run(near, *, policy=None, growth=2.0, floor=FLOOR, total_steps=TOTAL, every=EVERY, lag_steps=LAG, **facts):
+    return drive(
+        policy or Kgt(),
+        signals(near, growth=growth, floor=floor),
+        every=every,
+        total_steps=total_steps,
+        lag_steps=lag_steps,
+        **facts,
+    )
+
+
+def first(decisions, frontier):
+    """Index of the first decision with that many blocks frozen; a large number if none."""
+    return next((i for i, d in enumerate(decisions) if d.frontier >= frontier), 10_000)
+
+
+def test_blocks_are_frozen_from_the_front_as_they_settle():
+    found = run(settling())
+    assert 20 < first(found, 1) < first(found, 2) < first(found, 3) < 140
+    assert frontiers(found) == sorted(frontiers(found)) and found[-1].frontier == 3  # the last block always trains
+
+
+def test_every_decision_carries_its_numbers():
+    found = run(settling())
+    numbers = found[first(found, 1)].numbers
+    assert set(numbers) == {"horizon_steps", "share", "level", "exponent", "still"}
+    assert numbers["share"][0] < 0.01 < numbers["share"][3] and numbers["exponent"] == [1.0] * 4
+    json.dumps([d.numbers for d in found], allow_nan=False)
+
+
+def test_several_blocks_go_at_once_when_a_deeper_cut_is_still():
+    found = run(settling(scales=(400, 250, 250, 900)))
+    assert 0 not in {first(found, 2)} and found[first(found, 1)].frontier == 3
+    # block 0 by itself is not still yet, but what is behind it is, and that carries every change of block 0
+
+
+def test_a_restless_front_block_holds_back_what_is_behind_it():
+    near = settling(scales=(250, 250, 250, 900))
+    for row in near:
+        row[0] = 1e-3
+    assert set(frontiers(run(near))) == {0}
+
+
+def test_a_front_block_near_the_floor_does_not():
+    near = settling(scales=(250, 400, 600, 900))
+    for row in near[30:]:
+        row[0] = FLOOR
+    found = run(near)
+    assert found[first(found, 1)].frontier >= 2
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, 0.0, FLOOR])
+def test_nothing_is_frozen_on_what_is_not_known(bad):
+    near = [[bad] * 4 for _ in range(150)]
+    assert set(frontiers(run(near))) == {0}
+    near = settling()
+    for row in near[first(run(near), 1) - 1 :]:
+        row[:] = [bad] * 4
+    assert set(frontiers(run(near))) == {0}
+
+
+def test_a_block_of_which_nothing_is_known_holds_back_what_is_behind_it():
+    near = settling()
+    for row in near:
+        row[1] = math.nan
+    assert run(near)[-1].frontier == 1
+
+
+def test_a_floor_that_was_not_measured_freezes_nothing():
+    assert set(frontiers(run(settling(), floor=None))) == {0}
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.0])
+@pytest.mark.parametrize("total_steps", [TOTAL, None])
+def test_noise_freezes_nothing(sigma, total_steps):
+    for seed in range(5):
+        noise = random.Random(seed)
+        rows = {
+            name: [[noise.lognormvariate(-9, sigma) for _ in range(6)] for _ in range(150)]
+            for name in ("plasticity", "plasticity_2", "plasticity_4")
+        }
+        rows["floor"] = [[1e-9] * 6] * 150
+        found = drive(Kgt(), rows, every=EVERY, total_steps=total_steps, lag_steps=LAG)
+        assert set(frontiers(found)) == {0}, f"seed {seed}"
+
+
+@pytest.mark.parametrize("growth", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("count", "total_steps"), [(150, TOTAL), (150, None), (2000, None)])
+def test_constant_scores_freeze_nothing_however_long(growth, count, total_steps):
+    found = run([[1e-5, 1e-4, 1e-3, 1e-2]] * count, growth=growth, total_steps=total_steps)
+    assert set(frontiers(found)) == {0}
+
+
+def test_a_job_of_unknown_length_freezes_too_though_later():
+    known, unknown = run(settling()), run(settling(), total_steps=None)
+    assert first(known, 1) <= first(unknown, 1) < 140
+
+
+def test_of_200_steps_nothing_is_frozen():
+    near = [[1e-3 * 10 ** (-i / 8) for _ in range(4)] for i in range(67)]
+    assert set(frontiers(run(near, total_steps=200, every=3, lag_steps=6))) == {0}
+
+
+def test_steady_movement_is_frozen_later_than_jitter_of_the_same_size():
+    jitter, steady = run(settling(), growth=1.0), run(settling(), growth=3.9)
+    assert first(jitter, 1) < first(steady, 1)
+
+
+def test_a_smaller_tolerance_freezes_later():
+    assert first(run(settling()), 1) < first(run(settling(), policy=Kgt(tolerance=0.001)), 1)
+
+
+def test_scores_that_come_every_other_time_do_too():
+    near = settling()
+    for row in near[1::2]:
+        row[:] = [None] * 4
+    assert abs(first(run(near), 1) - first(run(settling()), 1)) < 15
+
+
+def test_a_job_whose_scores_stay_high_after_the_transient_is_left_alone():
+    """A constant high learning rate: the scores fall by two decades at first, and then stay."""
+    near = [[max(1e-3 * 10 ** (-i / 15), 1e-5) * (1 + b) for b in range(4)] for i in range(150)]
+    assert set(frontiers(run(near))) == {0}
+
+
+def test_what_does_not_pay_is_not_frozen():
+    near = settling()
+    free = run(near, block_seconds=(0.0,) * 4, apply_seconds=0.1)
+    assert set(frontiers(free)) == {0} and any("not pay" in d.reason for d in free)
+    dear = run(near, block_seconds=(0.01,) * 4, apply_seconds=1e4)
+    assert set(frontiers(dear)) == {0}
+    assert run(near, block_seconds=(0.01,) * 4, apply_seconds=0.1)[-1].frontier == 3
+
+
+def test_an_abrupt_drop_of_the_learning_rate_thaws_and_judges_afresh():
+    rates = [0.1] * 100 + [0.01] * 50
+    found = run(settling(), learning_rate=rates)
+    assert found[99].frontier > 0 and found[100].frontier == 0 and "dropped" in found[100].reason
+    again = first(found[100:], 1)
+    assert 8 < again < 25  # 4L steps until no score compares across the drop, then a few evaluations
+
+
+def test_a_smooth_decay_does_not_thaw():
+    rates = [0.05 * (1 + math.cos(math.pi * i / 150)) for i in range(150)]
+    found = frontiers(run(settling(), learning_rate=rates))
+    assert found == sorted(found) and found[-1] == 3
+
+
+def test_a_warm_restart_thaws_and_a_low_rate_is_not_trusted_again():
+    rates = [0.05 * (1 + math.cos(math.pi * (i % 75) / 75)) + 1e-4 for i in range(150)]
+    near = [[1e-3 * (rate / 0.1) ** 2 * s for s in (1, 2, 3, 4)] for rate in rates]
+    found = run(near, learning_rate=rates)
+    assert found[74].frontier > 0 and found[75].frontier == 0 and "rose" in found[75].reason
+    assert {d.frontier for d in found[75:]} == {0}
+
+
+def test_during_a_warm_up_nothing_is_judged():
+    rates = [0.1 * min((i + 1) / 60, 1.0) for i in range(150)]
+    found = run(settling(scales=(100, 100, 100, 100)), learning_rate=rates)
+    assert first(found, 1) > 40
+
+
+def test_fresh_weights_in_mid_run_delay_the_block_and_what_is_behind_it():
+    plain = run(settling())
+    at = first(plain, 1) - 5
+    near = settling()
+    for index, row in enumerate(near[at:]):
+        for block in (1, 2, 3):
+            row[block] = max(row[block], 1e-3 * 10 ** (-index * EVERY / 300))
+    found = run(near)
+    assert first(found, 1) <= first(plain, 1) + 8  # in front of it: little later, as the deepest block's past is gone
+    assert first(found, 2) > first(plain, 2) + 10 and first(found, 3) > first(plain, 3)
+
+
+def test_permuted_scores_change_the_decisions():
+    assert frontiers(run([row[::-1] for row in settling()])) != frontiers(run(settling()))
+
+
+def test_a_frozen_block_that_moves_is_thawed():
+    near = settling()
+    at = first(run(near), 1)
+    for index, row in enumerate(near[at:]):
+        row[0] = 0.0 if index < 30 else 1e-4  # 300 steps after the freeze somebody writes to it
+    found = frontiers(run(near, silence=False))
+    assert found[at + 29] > 0 and 0 in found[at + 30 : at + 40]
+
+
+def test_a_network_that_moves_much_more_than_at_the_freeze_is_thawed():
+    near = settling()
+    at = first(run(near), 1)
+    for row in near[at + 15 :]:
+        row[:] = [5e-3] * 4
+    found = run(near)
+    assert any("more than at the freeze" in d.reason and d.frontier == 0 for d in found)
+
+
+def test_it_goes_on_from_its_state_exactly():
+    rates = [0.05 * (1 + math.cos(math.pi * i / 150)) for i in range(150)]
+    near = settling()
+    whole = run(near, learning_rate=rates)
+    given = signals(near)
+    for cut in (5, 40, 70, 100):
+        before, after = Kgt(), Kgt()
+        head = drive(
+            before,
+            {k: v[:cut] for k, v in given.items()},
+            every=EVERY,
+            total_steps=TOTAL,
+            lag_steps=LAG,
+            learning_rate=rates[:cut],
+        )
+        after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
+        tail = drive(
+            after,
+            {k: v[cut:] for k, v in given.items()},
+            every=EVERY,
+            start=cut * EVERY,
+            frontier=head[-1].frontier,
+            total_steps=TOTAL,
+            lag_steps=LAG,
+            learning_rate=rates[cut:],
+        )
+        assert head + tail == whole
+
+
+def test_without_a_lag_nothing_can_be_judged():
+    assert set(frontiers(run(settling(), lag_steps=None))) == {0}
