@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 MODES = ("off", "auto", "on")
 DEFAULT_MODE = "off"
+DTYPE = "KGTRUN_CACHE_DTYPE"
+"""Not in the contract's table yet: "bf16" (the default) or "exact"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,14 @@ class CacheOptions:
             mode=environ.get(environment.CACHE) or DEFAULT_MODE,
             directory=Path(directory) if directory else None,
             budget_bytes=environment.integer(environment.CACHE_BYTES, environ=environ),
+            exact=_exact(environ.get(DTYPE, "")),
         )
+
+
+def _exact(text: str) -> bool:
+    if text not in ("", "bf16", "exact"):
+        raise ValueError(f"{DTYPE}={text!r}: use bf16 or exact")
+    return text == "exact"
 
 
 class ActivationCache:
