@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kgt_ddp.activation_cache.loader import CachedLoader
     from kgt_ddp.ddp import FreezeAwareDDP
 
-__all__ = ["FreezeAwareDDP"]
+__all__ = ["CachedLoader", "FreezeAwareDDP"]
 
-_HOME = {"FreezeAwareDDP": "kgt_ddp.ddp"}
+_HOME = {"CachedLoader": "kgt_ddp.activation_cache.loader", "FreezeAwareDDP": "kgt_ddp.ddp"}
 
 
 def __getattr__(name: str):
