@@ -10,7 +10,8 @@ answer them. `to_end` is the distance to the weights that the job ended with, wh
 `held_out_loss` are those of held-out samples at the end.
 
 Without `--policy` nothing is frozen. With it the policy's decisions are carried out: frozen blocks get no gradient and
-stay in evaluation mode. `--reinit BLOCK@STEP` gives a block fresh random weights in mid-run.
+stay in evaluation mode. Blocks are those that the runtime makes of the model. `--reinit BLOCK@STEP` gives a block fresh
+random weights in mid-run.
 
 One thread; a run of the ResNet takes about five minutes of a core.
 """
@@ -32,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.pairing_workloads import WORKLOADS, Workload
+from kgt_ddp.blocks import Blocks
+from kgt_ddp.execution_order import watch
 from kgt_ddp.policies.kgt import LAG_INTERVALS
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.policy_spec import parse_policy
@@ -89,32 +92,38 @@ class Recorder:
     def __init__(
         self, job: Workload, *, interval: int, total_steps: int, num_probe: int, policy: Policy | None
     ) -> None:
-        structure = pickled_structure(job.net)
-        self._half = make_runner(model_from(structure), job.watched, "bf16")
-        self._exact = make_runner(model_from(structure), job.watched, "fp32")
         self._probe = sub_batch(*job.call(torch.arange(num_probe)), num_probe)
+        self.blocks = Blocks(job.net)
+        job.net.eval()
+        with torch.no_grad(), watch(job.net) as order:
+            job.net(*self._probe.args, **self._probe.kwargs)
+        job.net.train()
+        self.blocks.order_by(order)
+        self.names = [block.name for block in self.blocks.blocks]
+        watched = [block.name for block in self.blocks.blocks if block.unit is not None]
+        structure = pickled_structure(job.net)
+        self._half = make_runner(model_from(structure), watched, "bf16")
+        self._exact = make_runner(model_from(structure), watched, "fp32")
         self._remembered: dict[int, Similarities] = {}
         self._floor: list[float | None] = []
         self._job = job
         self._interval, self._total_steps = interval, total_steps
         self._policy = policy
-        self._blocks = [dict(job.net.named_modules())[name] for name in job.watched]
-        self._norms = torch.zeros(len(self._blocks))
+        self._norms = torch.zeros(len(self.blocks))
         self._losses: list[float] = []
         self.records: list[dict[str, Any]] = []
-        self.frontier = 0
 
     def step_ended(self, loss: float) -> None:
         """Before the gradients go."""
         self._losses.append(loss)
-        for index, block in enumerate(self._blocks):
-            for parameter in block.parameters():
+        for index, block in enumerate(self.blocks.blocks):
+            for _, parameter in block.parameters:
                 if parameter.grad is not None:
                     self._norms[index] += parameter.grad.abs().sum()
 
     def record(self, step: int, learning_rate: float) -> None:
         signals = self._scores(step)
-        norms = [None if i < self.frontier else norm for i, norm in enumerate(self._norms.tolist())]
+        norms = [None if i < self.blocks.frontier else norm for i, norm in enumerate(self._norms.tolist())]
         entry = {
             "step": step,
             "learning_rate": learning_rate,
@@ -135,11 +144,11 @@ class Recorder:
         now = self._half.similarities(self._probe)
         if len(self._remembered) % FLOOR_EVERY == 0:
             self._exact.load(weights)
-            self._floor = compare(self._job.watched, self._exact.similarities(self._probe), now)
+            self._floor = self._compare(self._exact.similarities(self._probe), now)
         lag = LAG_INTERVALS * self._interval
-        unknown: list[float | None] = [None] * len(self._blocks)
+        unknown: list[float | None] = [None] * len(self.blocks)
         signals = {
-            name: compare(self._job.watched, self._remembered[step - times * lag], now)
+            name: self._compare(self._remembered[step - times * lag], now)
             if step - times * lag in self._remembered
             else unknown
             for name, times in SIGNALS.items()
@@ -151,19 +160,11 @@ class Recorder:
         """To every record, how far each block still was from what it became in the end."""
         final = self._remembered[self.records[-1]["step"]]
         for entry in self.records:
-            values = compare(self._job.watched, self._remembered[entry["step"]], final)
+            values = self._compare(self._remembered[entry["step"]], final)
             entry["to_end"] = [_rounded(v) for v in values]
 
-    def hold_frozen(self) -> None:
-        """Frozen blocks stay in evaluation mode and get no gradient."""
-        for index, block in enumerate(self._blocks):
-            frozen = index < self.frontier
-            if frozen:
-                block.eval()
-            for parameter in block.parameters():
-                parameter.requires_grad_(not frozen)
-                if frozen:
-                    parameter.grad = None
+    def _compare(self, first: Similarities, second: Similarities) -> list[float | None]:
+        return compare(self.names, first, second)
 
     def _decide(self, step: int, learning_rate: float, signals: dict[str, list[float | None]]) -> int:
         assert self._policy is not None
@@ -171,17 +172,17 @@ class Recorder:
             step=step,
             apply_step=step,
             total_steps=self._total_steps,
-            num_blocks=len(self._blocks),
-            frontier=self.frontier,
+            num_blocks=len(self.blocks),
+            frontier=self.blocks.frontier,
             learning_rate=learning_rate,
             lag_steps=LAG_INTERVALS * self._interval,
             signals={name: tuple(values) for name, values in signals.items()},
         )
         decision = self._policy.decide(observation)
-        if decision.frontier != self.frontier:
-            print(f"  step {step}: {self.frontier} -> {decision.frontier} blocks: {decision.reason}", flush=True)
-        self.frontier = decision.frontier
-        return self.frontier
+        if decision.frontier != self.blocks.frontier:
+            print(f"  step {step}: {self.blocks.frontier} -> {decision.frontier}: {decision.reason}", flush=True)
+            self.blocks.move_to(decision.frontier)
+        return decision.frontier
 
 
 def reinitialise(module: nn.Module) -> None:
@@ -242,7 +243,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"  step {step} of {total_steps}: loss {recorder.records[-1]['loss']}", flush=True)
         if step == total_steps:
             break
-        recorder.hold_frozen()
         if not batches:
             batches = list(chosen[torch.randperm(count, generator=generator)].split(size)[: count // size])
         batch = batches.pop()
@@ -262,7 +262,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "policy": args.policy,
         "reinit": args.reinit,
         **job_facts,
-        "blocks": job.watched,
+        "blocks": recorder.names,
         "total_steps": total_steps,
         "interval": interval,
         "lag_steps": LAG_INTERVALS * interval,

@@ -13,7 +13,7 @@ cut behind it. S(d) is the plasticity between two versions d steps apart, a squa
 States of an evaluation: visible (all three scores at least `VISIBLE` floors, and of a kind with each other), near the
 floor, unknown. Only visible ones are reckoned with; three scores at odds do not measure one movement. A score far above
 all of its window, and among the highest of the run, means that the block is no longer the one it was (fresh weights, for
-instance): its history begins anew, 4L steps later, when no score compares across the jump any more.
+instance): its history begins anew, 5L steps later, when no score compares across the jump any more.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class CutHistory:
     """Highest S(L) of the run."""
     blind_until: int = 0
     """Step before which scores compare across a jump or a change of pace."""
+    num_scored: int = 0
+    """Evaluations of the whole run at which anybody had a score, whatever it was."""
     num_near_floor: int = 0
     """Evaluations near the floor since the last visible or unknown one."""
     num_still: int = 0
@@ -84,6 +86,7 @@ class CutHistory:
             span: 4L, in steps.
             window: how far back levels are taken from, in steps.
         """
+        self.num_scored += any(value is not None for value in (scores.near, scores.middle, scores.far))
         self.recent = [entry for entry in self.recent if entry[0] > step - window]
         seen = visible(scores)
         near_floor = not seen and _near_floor(scores)
@@ -95,7 +98,7 @@ class CutHistory:
         near, far = seen
         if self._jumps_to(near):
             self.recent, self.past, self.terms, self.peak, self.num_still = [], 0.0, 0, 0.0, 0
-            self.blind_until = self.counted_step = step + span
+            self.blind_until = self.counted_step = step + settling(span)
         self.fastest = max(self.fastest, near)
         if step < self.blind_until:
             return False
@@ -113,7 +116,7 @@ class CutHistory:
         """What was seen lately says nothing about what comes, nor does any score that compares across this step. What
         is past remains."""
         self.recent, self.num_still = [], 0
-        self.blind_until = self.counted_step = step + span
+        self.blind_until = self.counted_step = step + settling(span)
 
     def outlook(self, horizon: float, span: int) -> Outlook | None:
         """What the last evaluations say; None where they are too few.
@@ -142,6 +145,11 @@ class CutHistory:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> CutHistory:
         return cls(**{**state, "recent": [(int(step), near, far) for step, near, far in state["recent"]]})
+
+
+def settling(span: int) -> int:
+    """Steps after which no score compares across an event any more: 4L, and a lag more, as a score arrives late."""
+    return span + span // 4
 
 
 def visible(scores: Scores) -> tuple[float, float] | None:

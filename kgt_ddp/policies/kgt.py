@@ -8,7 +8,8 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 
 for `PATIENCE` visible evaluations in a row. All of it is relative: to the block's own history, and to how far the network
 as a whole has travelled, so that precision, samples, schedule and scale cancel. Everything in front of a still cut is
-frozen at once, also a block that by itself is up to `FRONT` times as restless; not one of which nothing is known.
+frozen at once, also a block that by itself is up to `FRONT` times as restless, is near its floor, or was never scored;
+not one whose scores went missing. The last fifth of the blocks always trains.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from kgt_ddp.policies.cost import job_steps, pays, steps_to_come
-from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, visible
+from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, settling, visible
 from kgt_ddp.policies.learning_rate import RateWatch
 from kgt_ddp.policies.policy import Decision, Observation
 
@@ -37,7 +38,11 @@ WINDOW: Final = 0.16
 """Share of the job over which levels are taken, and at least 4L steps; half of it after an abrupt drop."""
 PATIENCE: Final = 4
 FRONT: Final = 4.0
+MOVED: Final = 1e-3
+"""Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
 ALARM: Final = 8.0
+LEFT: Final = 0.2
+"""Share of the blocks, from the deep end, that always train: they follow what the frozen ones were left with."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +95,7 @@ class Kgt:
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
-            self._level_at_freeze = outlooks[-1].level if outlooks[-1] else None
+            self._level_at_freeze = _deepest_level(outlooks)
         return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon))
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,7 +140,8 @@ class Kgt:
             return frontier, "too near the end"
         patience = PATIENCE // 2 if self._quick else PATIENCE
         reach = frontier
-        for block in range(frontier, observation.max_frontier):
+        most = min(observation.num_blocks - math.ceil(LEFT * observation.num_blocks), observation.max_frontier)
+        for block in range(frontier, most):
             share, cut = shares[block], self._cuts[block]
             if seen[block] and cut.num_still >= patience:
                 reach = block + 1
@@ -151,25 +157,24 @@ class Kgt:
         """May a still cut behind this block freeze it too?"""
         if share is not None:
             return share < FRONT * self.tolerance
-        return cut.num_near_floor >= PATIENCE
+        never_scored = cut.num_scored == 0  # nobody watches it; the cuts behind it tell of it
+        return never_scored or cut.num_near_floor >= PATIENCE
 
     def _why_thaw(self, observation: Observation, event: str | None, scores: list[Scores], span: int) -> str | None:
         if event == "drop":
             return "the learning rate dropped: front blocks may move once more"
         if event == "rise":
             return "the learning rate rose: standing still at a lower one proves nothing"
-        if observation.step <= self._frozen_step + span:
+        if observation.step <= self._frozen_step + settling(span):
             return None
-        moved = [block for block in range(observation.frontier) if visible(scores[block])]
-        if moved:
-            return f"frozen block {moved[-1]} has moved: its weights were written to"
-        return self._alarm(span)
-
-    def _alarm(self, span: int) -> str | None:
-        now = self._cuts[-1].outlook(0.0, span)
-        if now is None or self._level_at_freeze is None or now.level < ALARM * self._level_at_freeze:
+        for block, cut in enumerate(self._cuts[: observation.frontier]):
+            seen = visible(scores[block])
+            if seen is not None and seen[0] > MOVED * cut.fastest:
+                return f"frozen block {block} has moved: its weights were written to"
+        now = _deepest_level([cut.outlook(0.0, span) for cut in self._cuts[observation.frontier :]])
+        if now is None or self._level_at_freeze is None or now < ALARM * self._level_at_freeze:
             return None
-        return f"the deepest block moves {now.level / self._level_at_freeze:.0f} times more than at the freeze"
+        return f"the deepest block moves {now / self._level_at_freeze:.0f} times more than at the freeze"
 
     def _numbers(self, outlooks: list[Outlook | None], shares: list[float | None], horizon: float) -> dict[str, Any]:
         if not any(outlooks):
@@ -181,6 +186,10 @@ class Kgt:
             "exponent": [o and round(o.exponent, 1) for o in outlooks],
             "still": [cut.num_still for cut in self._cuts],
         }
+
+
+def _deepest_level(outlooks: list[Outlook | None]) -> float | None:
+    return next((o.level for o in reversed(outlooks) if o), None)
 
 
 def _shares(outlooks: list[Outlook | None]) -> list[float | None]:

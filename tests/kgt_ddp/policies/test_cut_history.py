@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kgt_ddp.policies.cut_history import CutHistory, Scores, visible
+from kgt_ddp.policies.cut_history import CutHistory, Scores, settling, visible
 
 SPAN, WINDOW = 40, 120
 
@@ -84,8 +84,8 @@ def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jum
     calm = [1e-3] * 6 + [1e-5] * 20
     cut = history([*calm, 8e-4])
     jump = 40 + 10 * len(calm)
-    assert cut.outlook(100, SPAN) is None and cut.past == 0 and cut.blind_until == jump + SPAN
-    for step in range(jump + 10, jump + 161, 10):
+    assert cut.outlook(100, SPAN) is None and cut.past == 0 and cut.blind_until == jump + settling(SPAN)
+    for step in range(jump + 10, jump + 171, 10):
         cut.note(step, scores(2e-5), span=SPAN, window=WINDOW)
     assert cut.outlook(100, SPAN).past == pytest.approx(3 * 8e-5)
     assert cut.outlook(100, SPAN).level == pytest.approx(8e-5)

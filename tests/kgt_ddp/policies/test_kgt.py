@@ -100,11 +100,30 @@ def test_nothing_is_frozen_on_what_is_not_known(bad):
     assert set(frontiers(run(near))) == {0}
 
 
-def test_a_block_of_which_nothing_is_known_holds_back_what_is_behind_it():
+def test_a_block_whose_scores_make_no_sense_holds_back_what_is_behind_it():
     near = settling()
     for row in near:
         row[1] = math.nan
     assert run(near)[-1].frontier == 1
+
+
+def test_a_block_whose_scores_went_missing_does_too():
+    near = settling()
+    for row in near[30:]:
+        row[1] = None
+    assert run(near)[-1].frontier == 1
+
+
+def test_a_block_that_is_never_scored_does_not():
+    near = settling()
+    for row in near:
+        row[0] = None
+    assert run(near)[-1].frontier == 3  # the cuts behind it carry its changes
+
+
+def test_the_last_fifth_always_trains():
+    near = settling(scales=(300,) * 10)
+    assert run(near)[-1].frontier == 8
 
 
 def test_a_floor_that_was_not_measured_freezes_nothing():
