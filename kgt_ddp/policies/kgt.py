@@ -6,7 +6,7 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 
     to come < tolerance × √(its own past × the deepest block's past)    and    it has declined from its peak
 
-for `PATIENCE` visible evaluations in a row. All of it is relative: to the block's own history, and to how far the network
+for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is relative: to the block's own history, and to how far the network
 as a whole has travelled, so that precision, samples, schedule and scale cancel. Everything in front of a still cut is
 frozen at once, also a block that by itself is up to `FRONT` times as restless, is near its floor, or was never scored;
 not one whose scores went missing. The last fifth of the blocks always trains.
@@ -37,6 +37,8 @@ MIN_STEPS: Final = 200
 WINDOW: Final = 0.16
 """Share of the job over which levels are taken, and at least 4L steps; half of it after an abrupt drop."""
 PATIENCE: Final = 4
+LONG_PATIENCE: Final = 24
+"""Where the learning rate is not falling, or nobody knows it: nothing but time tells an end from a lull there."""
 FRONT: Final = 4.0
 MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
@@ -138,7 +140,7 @@ class Kgt:
             return frontier, f"the first {MIN_STEPS} steps"
         if steps_to_come(observation) < span:
             return frontier, "too near the end"
-        patience = PATIENCE // 2 if self._quick else PATIENCE
+        patience = self._patience()
         reach = frontier
         most = min(observation.num_blocks - math.ceil(LEFT * observation.num_blocks), observation.max_frontier)
         for block in range(frontier, most):
@@ -152,6 +154,11 @@ class Kgt:
         if not pays(observation, reach):
             return frontier, f"freezing {reach} blocks would not pay"
         return reach, f"the cut behind block {reach - 1} is still: {shares[reach - 1]:.2%} of its movement is to come"
+
+    def _patience(self) -> int:
+        if self._quick:
+            return PATIENCE // 2
+        return PATIENCE if self._rate.falling else LONG_PATIENCE
 
     def _quiet_enough(self, share: float | None, cut: CutHistory) -> bool:
         """May a still cut behind this block freeze it too?"""

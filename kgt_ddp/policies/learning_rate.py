@@ -36,6 +36,8 @@ class RateWatch:
     """(step, rate) since the last event, the latest few."""
     low: float = math.inf
     """Lowest rate since the last event."""
+    high: float = 0.0
+    """Highest rate since the last event."""
     peak: float = 0.0
     """Highest rate of the run."""
     restarts: bool = False
@@ -52,11 +54,16 @@ class RateWatch:
         if event == "rise" and self.peak > 0 and self.peak >= RISE * self.low:
             self.restarts = True
         if event is not None:
-            self.recent, self.low = [], math.inf
+            self.recent, self.low, self.high = [], math.inf, 0.0
         self.recent = [*self.recent, (step, rate)][-REMEMBERED:]
-        self.low = min(self.low, rate)
+        self.low, self.high = min(self.low, rate), max(self.high, rate)
         self.peak = max(self.peak, rate)
         return event
+
+    @property
+    def falling(self) -> bool:
+        """Has it decayed since the last event, in whatever way?"""
+        return bool(self.recent) and self.recent[-1][1] < self.high
 
     def horizon(self, steps: int) -> float:
         """How many steps at the present rate move the weights as far as the next `steps` steps will.
@@ -81,7 +88,8 @@ class RateWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.recent = [(int(step), float(rate)) for step, rate in state["recent"]]
         self.low = math.inf if state["low"] is None else state["low"]
-        self.peak, self.restarts, self.square_steps = state["peak"], state["restarts"], state["square_steps"]
+        self.high, self.peak = state["high"], state["peak"]
+        self.restarts, self.square_steps = state["restarts"], state["square_steps"]
 
     def _decay(self) -> float:
         """Share of the rate that is lost a step, lately; infinite where nothing is left of it."""

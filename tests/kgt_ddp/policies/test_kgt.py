@@ -39,7 +39,13 @@ def signals(near, *, growth=2.0, floor=FLOOR):
     }
 
 
+def creeping(count=150):
+    """A learning rate that falls, but so slowly that it shortens nothing."""
+    return [0.1 * 0.9999**i for i in range(count)]
+
+
 def run(near, *, policy=None, growth=2.0, floor=FLOOR, total_steps=TOTAL, every=EVERY, lag_steps=LAG, **facts):
+    facts.setdefault("learning_rate", creeping(len(near)))
     return drive(
         policy or Kgt(),
         signals(near, growth=growth, floor=floor),
@@ -140,7 +146,7 @@ def test_noise_freezes_nothing(sigma, total_steps):
             for name in ("plasticity", "plasticity_2", "plasticity_4")
         }
         rows["floor"] = [[1e-9] * 6] * 150
-        found = drive(Kgt(), rows, every=EVERY, total_steps=total_steps, lag_steps=LAG)
+        found = drive(Kgt(), rows, every=EVERY, total_steps=total_steps, lag_steps=LAG, learning_rate=creeping())
         assert set(frontiers(found)) == {0}, f"seed {seed}"
 
 
@@ -164,6 +170,11 @@ def test_of_200_steps_nothing_is_frozen():
 def test_steady_movement_is_frozen_later_than_jitter_of_the_same_size():
     jitter, steady = run(settling(), growth=1.0), run(settling(), growth=3.9)
     assert first(jitter, 1) < first(steady, 1)
+
+
+@pytest.mark.parametrize("rate", [0.1, None])
+def test_where_the_rate_does_not_fall_it_takes_longer(rate):
+    assert first(run(settling(), learning_rate=rate), 1) >= first(run(settling()), 1) + 15
 
 
 def test_a_smaller_tolerance_freezes_later():
@@ -193,7 +204,7 @@ def test_what_does_not_pay_is_not_frozen():
 
 
 def test_an_abrupt_drop_of_the_learning_rate_thaws_and_judges_afresh():
-    rates = [0.1] * 100 + [0.01] * 50
+    rates = creeping(100) + [0.01] * 50
     found = run(settling(), learning_rate=rates)
     assert found[99].frontier > 0 and found[100].frontier == 0 and "dropped" in found[100].reason
     again = first(found[100:], 1)

@@ -56,25 +56,20 @@ class Outcome:
         """Share of the job at which that many blocks were frozen for the first time; 2.0 if never."""
         return next((share for share, now in self.moves if now >= frontier), 2.0)
 
-    def reason_at(self, share: float) -> str:
-        """Reason of the first decision at or after this share of the job."""
-        return next(d.reason for step, d in self.decisions if step >= share * self.total_steps)
-
 
 def replay(
     name: str,
     policy: Policy,
     *,
     length_known: bool = True,
+    rate_seen: bool = True,
     change: Change | None = None,
-    until: float = 2.0,
     **facts: Any,
 ) -> Outcome:
     """Feed a trace; every decision is carried out at once.
 
     Args:
         change: makes another row of a recorded one, before frozen blocks are silenced.
-        until: share of the job at which to stop.
         facts: further fields of `Observation`.
     """
     trace = load(name)
@@ -82,8 +77,6 @@ def replay(
     driver = Driver(policy, lag_steps=trace["lag_steps"])
     for record in trace["records"]:
         step = record["step"]
-        if step > until * trace["total_steps"]:
-            break
         rows: dict[str, Row] = {key: record[key] for key in SIGNALS}
         if change is not None:
             rows = {key: change(step, key, row) for key, row in rows.items()}
@@ -91,7 +84,7 @@ def replay(
             step,
             rows,
             total_steps=trace["total_steps"] if length_known else None,
-            learning_rate=record["learning_rate"],
+            learning_rate=record["learning_rate"] if rate_seen else None,
             **facts,
         )
         outcome.decisions.append((step, decision))

@@ -1,0 +1,233 @@
+"""`kgt` on recorded training: what it freezes and thaws when, and why that is right.
+
+`to_end` in a trace is how far a block still was from what it became in the end: what a policy has to guess.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from kgt_ddp.policies.kgt import Kgt
+from kgt_ddp.policy_spec import parse_policy
+from tests.kgt_ddp.policies.drive import DISTANCES
+from tests.kgt_ddp.policies.traces import load, replay
+
+
+def still_to_come(name, block, share):
+    """What a block's output still had to move at this share of the job, over what it moved in all; squared distances."""
+    trace = load(name)
+    at = [r for r in trace["records"] if abs(r["step"] / trace["total_steps"] - share) < 0.02]
+    return statistics.median(r["to_end"][block] for r in at) / trace["records"][0]["to_end"][block]
+
+
+# ---- cosine: the rate falls smoothly to zero ------------------------------------------------------------------------
+
+
+def test_cosine_saves_about_a_third_of_the_backward_work():
+    found = replay("resnet-cosine", Kgt())
+    linear = replay("resnet-cosine", parse_policy("linear"))
+    assert 0.30 < found.frozen < 0.42
+    assert found.frozen > 0.85 * linear.frozen
+    assert found.first(8) < 0.80 and found.decisions[-1][1].frontier == 8  # all but the last fifth
+
+
+def test_cosine_freezes_nothing_before_a_third_and_never_thaws():
+    found = replay("resnet-cosine", Kgt())
+    assert found.first(1) > 0.33
+    frontiers = [frontier for _, frontier in found.moves]
+    assert frontiers == sorted(frontiers)
+
+
+def test_what_is_frozen_under_cosine_had_little_left_to_do():
+    """Squared distances: two hundredths are a seventh of the way, against the whole way from random weights."""
+    found = replay("resnet-cosine", Kgt())
+    before = 0
+    for share, frontier in found.moves:
+        assert all(still_to_come("resnet-cosine", block, share) < 0.025 for block in range(before, frontier))
+        before = frontier
+
+
+def test_a_job_of_unknown_length_is_judged_alike():
+    known, unknown = replay("resnet-cosine", Kgt()), replay("resnet-cosine", Kgt(), length_known=False)
+    assert abs(known.frozen - unknown.frozen) < 0.08
+
+
+def test_cosine_without_the_learning_rate_freezes_later():
+    """Its decay is what says that less is to come than was."""
+    blind = replay("resnet-cosine", Kgt(), rate_seen=False)
+    assert 0.1 < blind.frozen < replay("resnet-cosine", Kgt()).frozen
+
+
+# ---- it listens -----------------------------------------------------------------------------------------------------
+
+
+def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
+    """Block 3 (stage2.0) got random weights at 40 % of the job; the run is the same up to there."""
+    plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
+    assert plain.first(4) < 0.55 and fresh.first(4) > plain.first(4) + 0.1
+    assert plain.first(6) < 0.55 and fresh.first(6) > plain.first(6) + 0.1
+    assert fresh.frozen < plain.frozen
+    assert fresh.first(1) < 0.5  # in front of it nothing has happened
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_permuted_blocks_change_the_decisions(seed):
+    order = list(range(9))
+    while order == sorted(order):
+        random.Random(seed).shuffle(order)
+
+    def permute(step, key, row):
+        return tuple(row[b] for b in (*order, 9))
+
+    assert replay("resnet-cosine", Kgt(), change=permute).moves != replay("resnet-cosine", Kgt()).moves
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_scores_in_another_order_of_time_freeze_nothing(seed):
+    """All that is left of them is their size; they neither decline nor hang together."""
+    records = load("resnet-cosine")["records"]
+    others = list(range(8, len(records)))
+    random.Random(seed).shuffle(others)
+    table = {records[i]["step"]: records[j] for i, j in zip(range(8, len(records)), others, strict=True)}
+
+    def shuffled(step, key, row):
+        return table[step][key] if step in table and key in DISTANCES else row
+
+    assert replay("resnet-cosine", Kgt(), change=shuffled).moves == []
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, 0.0])
+def test_bad_scores_freeze_nothing(bad):
+    def spoil(step, key, row):
+        return (bad,) * len(row) if key in DISTANCES else row
+
+    assert replay("resnet-cosine", Kgt(), change=spoil).moves == []
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_one_bad_signal_of_three_freezes_nothing(name):
+    def spoil(step, key, row):
+        return (math.nan,) * len(row) if key == name else row
+
+    assert replay("resnet-cosine", Kgt(), change=spoil).moves == []
+
+
+def test_a_block_of_nan_holds_back_all_behind_it():
+    def spoil(step, key, row):
+        return tuple(math.nan if b == 3 else v for b, v in enumerate(row)) if key in DISTANCES else row
+
+    assert max(frontier for _, frontier in replay("resnet-cosine", Kgt(), change=spoil).moves) == 3
+
+
+def test_scores_that_end_freeze_nothing_more():
+    """The reference died for good at 45 %: what was frozen stays, what was not is never frozen."""
+
+    def dies(step, key, row):
+        return (None,) * len(row) if key in (*DISTANCES, "floor") and step > 0.45 * 750 else row
+
+    found = replay("resnet-cosine", Kgt(), change=dies)
+    assert all(share <= 0.47 for share, _ in found.moves)
+
+
+def test_scores_near_their_floor_freeze_nothing():
+    def high(step, key, row):
+        table = {r["step"]: r for r in load("resnet-cosine")["records"]}
+        return tuple(v and v / 2 for v in table[step]["plasticity"]) if key == "floor" else row
+
+    assert replay("resnet-cosine", Kgt(), change=high).moves == []
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_evaluations_that_are_dropped_now_and_then_do_little_harm(share):
+    noise = random.Random(0)
+    dropped = {r["step"] for r in load("resnet-cosine")["records"] if noise.random() < share}
+
+    def lossy(step, key, row):
+        return (None,) * len(row) if step in dropped and key != "grad_norm" else row
+
+    assert 0.2 < replay("resnet-cosine", Kgt(), change=lossy).frozen < 0.42
+
+
+def test_what_does_not_pay_is_not_frozen():
+    dear = {"step_seconds": 0.1, "block_seconds": (0.01,) * 9 + (0.0,), "apply_seconds": 100.0}
+    assert replay("resnet-cosine", Kgt(), **dear).moves == []
+    assert (
+        replay("resnet-cosine", Kgt(), **{**dear, "apply_seconds": 0.05}).moves == replay("resnet-cosine", Kgt()).moves
+    )
+
+
+# ---- the other schedules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length_known", [True, False])
+def test_a_constant_high_rate_freezes_nothing(length_known):
+    """Every block wanders to the end: in mid-run the front ones had still a twentieth of their way to go, or more."""
+    assert replay("small-constant", Kgt(), length_known=length_known).moves == []
+    assert still_to_come("small-constant", 0, 0.5) > 0.03 and still_to_come("small-constant", 5, 0.5) > 0.06
+
+
+def test_a_step_schedule_freezes_after_the_first_drop_and_thaws_at_the_second():
+    """Drops at 50 % and 75 %. Before the first the rate is constant, and nothing is still. After it blocks move a tenth as
+    far; 5L steps later (.07 of the job) no score compares across the drop, and a window is soon full. At the second drop
+    all are lifted, since front blocks may settle once more, and are soon found still again."""
+    moves = replay("small-step", Kgt()).moves
+    assert [frontier for _, frontier in moves if frontier == 0] == [0]
+    first, second = moves[0], next(m for m in moves if m[1] == 0)
+    assert 0.57 < first[0] < 0.66 and first[1] >= 4
+    assert 0.75 <= second[0] < 0.77
+    assert moves[-1][0] < 0.88 and moves[-1][1] == 8
+
+
+def test_what_a_step_schedule_froze_had_little_left_to_do():
+    found = replay("small-step", Kgt())
+    share, frontier = found.moves[0]
+    assert all(still_to_come("small-step", block, share) < 0.03 for block in range(frontier))
+
+
+def test_warm_up_and_linear_decay_freeze_late():
+    """Half-way through a linear decay the rate is higher than under a cosine, and later still more so: at 60 % a front
+    block had 2 % of its way to go, where under the cosine it had half of that."""
+    found = replay("small-warmup-linear", Kgt())
+    assert 0.6 < found.first(1) < 0.85 and found.frozen > 0.08
+    frontiers = [frontier for _, frontier in found.moves]
+    assert frontiers == sorted(frontiers)  # the rise is over before anything is frozen
+    assert still_to_come("small-warmup-linear", 3, 0.6) > still_to_come("resnet-cosine", 3, 0.6)
+
+
+def test_warm_restarts_thaw_and_end_the_trust_in_low_rates():
+    """Three cosines. The end of the first looks like the end of training; the restart shows that it was not, and lifts
+    everything before the rate does harm. The end of the second is no longer taken for one."""
+    moves = replay("small-cyclic", Kgt()).moves
+    assert moves[0][0] > 0.25 and any(0.32 < share < 0.36 and frontier == 0 for share, frontier in moves)
+    assert not any(0.36 < share < 0.85 for share, _ in moves)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet-cosine", "small-constant", "small-step", "small-warmup-linear", "small-cyclic"]
+)
+def test_noise_in_place_of_scores_freezes_nothing_under_any_schedule(name):
+    noise = random.Random(name)
+
+    def replaced(step, key, row):
+        return tuple(v and noise.lognormvariate(-9, 1.0) for v in row) if key in DISTANCES else row
+
+    assert replay(name, Kgt(), change=replaced).moves == []
+
+
+# ---- the peers on the same scores -----------------------------------------------------------------------------------
+
+
+def test_the_papers_rule_thaws_late_under_a_cosine_where_kgt_does_not():
+    """When the rate is down to a tenth of that at the first freeze, it lifts everything, just when freezing pays most."""
+    moves = replay("resnet-cosine", parse_policy("kgt-paper")).moves
+    assert any(frontier == 0 and share > 0.7 for share, frontier in moves)
+
+
+def test_the_papers_rule_freezes_at_a_constant_rate_too():
+    """The slope of what no longer falls is flat, however much it moves."""
+    assert replay("small-constant", parse_policy("kgt-paper")).moves
+    assert replay("small-constant", Kgt()).moves == []
