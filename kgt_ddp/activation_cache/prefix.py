@@ -21,7 +21,8 @@ from torch import nn
 from kgt_ddp.blocks import Block, Blocks
 
 FORMAT = 1
-_OUR_HOOKS = "kgt_ddp.prefix_edge"
+_OUR_HOOKS = "kgt_ddp."
+_EDGE = "kgt_ddp.prefix_edge"
 
 
 class Prefix:
@@ -89,9 +90,15 @@ class Prefix:
             ):
                 continue
             for hook in _hooks(module):
-                if getattr(hook, "__module__", None) != _OUR_HOOKS:
+                if not str(getattr(hook, "__module__", "")).startswith(_OUR_HOOKS):
                     return f"block {self._block_of(module)} has a hook on {self.name_of(module)}"
         return None
+
+    def observed(self) -> bool:
+        """Whether hooks of ours look at outputs in the prefix just now: this forward is to compute them."""
+        return any(
+            getattr(hook, "__module__", "") != _EDGE for m in self._inside if m._forward_hooks for hook in _hooks(m)
+        )
 
     def changed(self) -> bool:
         """Whether weights or buffers were written since the last call (or since this was made)."""

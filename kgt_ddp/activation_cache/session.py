@@ -117,6 +117,8 @@ class Session:
         if hook is not None or self.refused is not None:
             self.refused = self.refused or hook
             return None
+        if self.prefix.observed():
+            return None
         started = time.perf_counter()
         try:
             batch = self.keys.batch(args, kwargs)

@@ -91,7 +91,7 @@ def test_two_ranks_that_shuffle_hit_in_every_later_epoch(run_ranks, tmp_path):
 
 
 def test_another_model_and_augmented_samples_never_hit(run_ranks, tmp_path):
-    makes = [SmallViT, lambda: SmallResNet(depth=5), lambda: SmallResNet(width=4)]
+    makes = [lambda: SmallViT(checkpointing="yes"), lambda: SmallResNet(depth=5), lambda: SmallResNet(width=4)]
     runs = [(tmp_path, 2, {}), *((tmp_path, 1, {"make": make}) for make in makes)]
     runs += [(tmp_path, 3, {"augment": True, "mode": mode}) for mode in ("on", "off")]
     ((first, *others, augmented, plain),) = run_ranks(1, run_all, runs)
@@ -230,6 +230,19 @@ def test_the_cache_follows_the_frontier_forward_and_back(run_ranks, tmp_path):
         assert hits[4] > hits[3]
     kinds = [e["kind"] for e in read_events(tmp_path / "run")]
     assert kinds.count("cache_end") == 2
+
+
+def checkpointed(rank, world, folder):
+    make = lambda: SmallViT(checkpointing="reentrant")  # noqa: E731
+    runs = [train(rank, world, folder, 3, mode=mode, make=make) for mode in ("on", "off")]
+    return [(losses, summary) for losses, _, _, summary in runs]
+
+
+def test_reentrant_checkpoints_behind_the_frontier_recompute_from_cached_values(run_ranks, tmp_path):
+    (((ours, summary), (theirs, _)),) = run_ranks(1, checkpointed, tmp_path)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert summary["reason"] is None
+    assert summary["full_batches"] > 0
 
 
 def test_a_copy_and_a_pickle_of_the_wrapper_have_no_cache(run_ranks, tmp_path):

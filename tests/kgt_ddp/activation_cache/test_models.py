@@ -296,6 +296,36 @@ def test_a_checkpoint_across_the_frontier_is_refused_and_one_behind_it_is_not(tm
     assert equal(ours, theirs)
 
 
+def test_samples_that_are_always_new_close_the_gate_and_change_nothing(tmp_path):
+    """Random crops, say: no sample comes twice."""
+    batches = images(40)
+    with job(SmallResNet, batches[0], 2, tmp_path, mode="auto", patience=48) as made:
+        made.cache._session_now().gate.computed(1, 1.0)  # a prefix that it would pay to skip
+        ours = made.epochs(batches, 1)
+        counters = made.cache.counters
+        assert made.cache.state == "closed"
+        assert counters.hits == 0
+        assert counters.batches < 30
+    with job(SmallResNet, batches[0], 2, tmp_path, mode="off") as plain:
+        assert equal(ours, plain.epochs(batches, 1))
+
+
+def test_a_forward_that_the_reference_looks_at_computes(tmp_path):
+    from kgt_ddp.reference.tap import ActivationTap
+
+    with job(SmallResNet, images()[0], 2, tmp_path) as made:
+        made.epochs(images(), 2)
+        tap = ActivationTap(made.model, ["blocks.0"], limit=4)
+        before = made.cache.counters.batches
+        with tap.recording():
+            made.step(images()[0])
+        assert made.cache.counters.batches == before
+        assert float(tap.take()["blocks.0"].abs().max()) > 0
+        made.step(images()[0])
+        assert made.cache.counters.batches == before + 1
+        assert made.cache.refused is None
+
+
 def test_a_compiled_model_is_refused(tmp_path):
     with job(SmallResNet, images()[0], 2, tmp_path) as cached:
         cached.blocks[0].unit.compile(backend="eager")
