@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from kgt_ddp import optimizer_hooks, torch_private
+from kgt_ddp.activation_cache.cache import ActivationCache
 from kgt_ddp.agreement import LAG, Agreement, control_group, equalise
 from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
@@ -105,6 +106,7 @@ class Freezing:
         self._training = False
         self._order: ExecutionOrder | None = None
         self._around_forward = ExitStack()
+        self.cache = ActivationCache(ddp, self.blocks, events)
         self._ignored_by_us: set[str] = set()
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -138,6 +140,7 @@ class Freezing:
             "dropped_bytes": sum(self.hook.dropped_bytes),
             "reduced_bytes_by_block": list(self.hook.reduced_bytes),
             "dropped_bytes_by_block": list(self.hook.dropped_bytes),
+            "cache": self.cache.summary(),
             "reference": self._signals.stats() if self._signals else {},
         }
 
@@ -210,6 +213,8 @@ class Freezing:
             self._order = self._around_forward.enter_context(watch(ddp.module))
         elif self._edge.needed:
             self._around_forward.enter_context(self._edge.forward())
+        if self.blocks.ordered:
+            self._around_forward.enter_context(self.cache.forward())
 
     @torch_private.disable_dynamo
     def after_forward(self, output: Any) -> None:
@@ -410,6 +415,7 @@ class Freezing:
             self._signals.close()
         if self.clock.step:
             self._events.write("trainer_end", **self.summary())
+        self.cache.close()
         self._events.close()
 
     def _block_parameters(self) -> list[list[nn.Parameter]]:
