@@ -6,10 +6,11 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 
     to come < tolerance × √(its own past × the deepest block's past)    and    it has declined from its peak
 
-for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is relative: to the block's own history, and to how far the network
-as a whole has travelled, so that precision, samples, schedule and scale cancel. Everything in front of a still cut is
-frozen at once, also a block that by itself is up to `FRONT` times as restless, is near its floor, or was never scored;
-not one whose scores went missing. The last fifth of the blocks always trains.
+for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is
+relative, to the block's own history and to how far the network as a whole has travelled, so that precision, samples,
+schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by itself is up to
+`FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The last fifth of
+the blocks always trains.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from kgt_ddp.policies.cost import job_steps, pays, steps_to_come
-from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, settling, visible
+from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, visible
 from kgt_ddp.policies.learning_rate import RateWatch
 from kgt_ddp.policies.policy import Decision, Observation
 
@@ -63,7 +64,8 @@ class Kgt:
     _quick: bool = field(default=False, init=False)
     """An abrupt drop was the last event: half the window and half the patience do."""
     _frozen_step: int = field(default=0, init=False)
-    _level_at_freeze: float | None = field(default=None, init=False)
+    _pulse: tuple[int, float] | None = field(default=None, init=False)
+    """The deepest scored block and its level at the last freeze."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.tolerance < 1.0:
@@ -97,7 +99,7 @@ class Kgt:
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
-            self._level_at_freeze = _deepest_level(outlooks)
+            self._pulse = next(((b, o.level) for b, o in reversed([*enumerate(outlooks)]) if o), None)
         return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon))
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,21 +108,21 @@ class Kgt:
             "cuts": [cut.state_dict() for cut in self._cuts],
             "quick": self._quick,
             "frozen_step": self._frozen_step,
-            "level_at_freeze": self._level_at_freeze,
+            "pulse": self._pulse and list(self._pulse),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rate.load_state_dict(state["rate"])
         self._cuts = [CutHistory.from_state(one) for one in state["cuts"]]
         self._quick, self._frozen_step = state["quick"], state["frozen_step"]
-        self._level_at_freeze = state["level_at_freeze"]
+        self._pulse = state["pulse"] and (int(state["pulse"][0]), state["pulse"][1])
 
     def _window(self, observation: Observation, span: int) -> int:
         share = WINDOW / 2 if self._quick else WINDOW
         return max(span, int(share * job_steps(observation)))
 
     def _begin_afresh(self, step: int, span: int) -> None:
-        self._level_at_freeze = None
+        self._pulse = None
         for cut in self._cuts:
             cut.pace_changed(step, span)
 
@@ -172,16 +174,22 @@ class Kgt:
             return "the learning rate dropped: front blocks may move once more"
         if event == "rise":
             return "the learning rate rose: standing still at a lower one proves nothing"
-        if observation.step <= self._frozen_step + settling(span):
+        if observation.step <= self._frozen_step + 2 * span:  # scores may be late, and still compare across the freeze
             return None
         for block, cut in enumerate(self._cuts[: observation.frontier]):
             seen = visible(scores[block])
             if seen is not None and seen[0] > MOVED * cut.fastest:
                 return f"frozen block {block} has moved: its weights were written to"
-        now = _deepest_level([cut.outlook(0.0, span) for cut in self._cuts[observation.frontier :]])
-        if now is None or self._level_at_freeze is None or now < ALARM * self._level_at_freeze:
+        return self._alarm(span)
+
+    def _alarm(self, span: int) -> str | None:
+        if self._pulse is None:
             return None
-        return f"the deepest block moves {now / self._level_at_freeze:.0f} times more than at the freeze"
+        block, level = self._pulse
+        now = self._cuts[block].outlook(0.0, span)
+        if now is None or now.level < ALARM * level:
+            return None
+        return f"block {block}, the deepest, moves {now.level / level:.0f} times more than at the freeze"
 
     def _numbers(self, outlooks: list[Outlook | None], shares: list[float | None], horizon: float) -> dict[str, Any]:
         if not any(outlooks):
@@ -193,10 +201,6 @@ class Kgt:
             "exponent": [o and round(o.exponent, 1) for o in outlooks],
             "still": [cut.num_still for cut in self._cuts],
         }
-
-
-def _deepest_level(outlooks: list[Outlook | None]) -> float | None:
-    return next((o.level for o in reversed(outlooks) if o), None)
 
 
 def _shares(outlooks: list[Outlook | None]) -> list[float | None]:

@@ -139,7 +139,7 @@ def test_a_floor_that_was_not_measured_freezes_nothing():
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.0])
 @pytest.mark.parametrize("total_steps", [TOTAL, None])
 def test_noise_freezes_nothing(sigma, total_steps):
-    for seed in range(5):
+    for seed in range(3):
         noise = random.Random(seed)
         rows = {
             name: [[noise.lognormvariate(-9, sigma) for _ in range(6)] for _ in range(150)]
@@ -151,7 +151,7 @@ def test_noise_freezes_nothing(sigma, total_steps):
 
 
 @pytest.mark.parametrize("growth", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize(("count", "total_steps"), [(150, TOTAL), (150, None), (2000, None)])
+@pytest.mark.parametrize(("count", "total_steps"), [(150, TOTAL), (150, None), (800, None)])
 def test_constant_scores_freeze_nothing_however_long(growth, count, total_steps):
     found = run([[1e-5, 1e-4, 1e-3, 1e-2]] * count, growth=growth, total_steps=total_steps)
     assert set(frontiers(found)) == {0}
@@ -252,8 +252,9 @@ def test_a_frozen_block_that_moves_is_thawed():
     at = first(run(near), 1)
     for index, row in enumerate(near[at:]):
         row[0] = 0.0 if index < 30 else 1e-4  # 300 steps after the freeze somebody writes to it
-    found = frontiers(run(near, silence=False))
-    assert found[at + 29] > 0 and 0 in found[at + 30 : at + 40]
+    found = run(near, silence=False)
+    thaw = next(d for d in found[at + 30 :] if d.frontier == 0)
+    assert found[at + 29].frontier > 0 and "block 0 has moved" in thaw.reason
 
 
 def test_a_network_that_moves_much_more_than_at_the_freeze_is_thawed():
