@@ -18,9 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from kgtrun import from_slurm
 from kgtrun.argv import Request
 from kgtrun.contract import environment as names
 from launcher.config import (
+    BatchJob,
     LaunchConfig,
     LogSpec,
     RankSpec,
@@ -29,6 +31,8 @@ from launcher.config import (
     parse_signals,
     parse_streams,
 )
+from launcher.runtime_dir import shared_directory
+from launcher.slurm import Place, read_place
 
 DEFAULT_POLICY = "none"
 POLICIES_WITH_REFERENCE = ("kgt", "kgt-paper")
@@ -66,10 +70,10 @@ def number(request: Request, name: str, kind: type = int) -> Any:
         raise ValueError(f"--{name.replace('_', '-')} is {text!r}: {wanted} is needed") from None
 
 
-def log_directory(base: Path, job: RendezvousSpec) -> Path:
+def log_directory(base: Path, job: RendezvousSpec, restarts: int = 0) -> Path:
     """Base of this launcher's log files. Nodes may share it over a network, and count their local ranks alike: in a job
-    of several nodes each launcher has a directory of its own."""
-    return base if job.max_nodes == 1 else base / f"{socket.gethostname()}-{os.getpid()}"
+    of several nodes each launcher has a directory of its own. So has a job that was requeued (`restarts` times)."""
+    return base if job.max_nodes == 1 and not restarts else base / f"{socket.gethostname()}-{os.getpid()}"
 
 
 def byte_count(text: str) -> int:
@@ -169,6 +173,19 @@ def run_directory(request: Request, job: RendezvousSpec) -> Path:
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
+def sidecars(count: int, environment: Mapping[str, str], place: Place | None) -> SidecarSpec:
+    """References of this launcher; several launchers on one node share those of the first."""
+    if place is None or not place.task_is_rank:
+        return SidecarSpec(command=REFERENCE_COMMAND, count=count, environment=environment)
+    return SidecarSpec(
+        command=REFERENCE_COMMAND,
+        count=0 if place.local_task else count,
+        environment=environment,
+        on_node=count,
+        directory=shared_directory(f"{place.name}-{place.restarts}-node{place.node}"),
+    )
+
+
 def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> LaunchConfig:
     """The whole launch.
 
@@ -176,6 +193,9 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
         ValueError: an option has no usable value, or two exclude each other.
     """
     environ = os.environ if environ is None else environ
+    place = None if request.flag("no_slurm") else read_place(environ)
+    if place is not None:
+        request = from_slurm.fill(request, place)
     policy = request.text("policy") or DEFAULT_POLICY
     check_policy(policy)
     job = rendezvous(request)
@@ -194,13 +214,15 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
             command=command(request, environ),
             count=request.text("nproc_per_node"),
             role=request.text("role"),
-            environment=environment,
+            environment={**environment, **(from_slurm.of_rank(place) if place else {})},
             numa_binding=request.text("numa_binding") or None,
             virtual_local_rank=request.flag("virtual_local_rank"),
         ),
         rendezvous=job,
         logs=LogSpec(
-            directory=log_directory(Path(request.text("log_dir") or run_dir / "logs"), job),
+            directory=log_directory(
+                Path(request.text("log_dir") or run_dir / "logs"), job, place.restarts if place else 0
+            ),
             redirects=parse_streams(request.text("redirects")),
             tee=parse_streams(request.text("tee")),
             only_ranks=frozenset(int(part) for part in only.split(",")) if only else frozenset(),
@@ -209,7 +231,7 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
             prefix=request.text("log_prefix") or None,
             specs_plugin=request.text("logs_specs") or None,
         ),
-        sidecars=SidecarSpec(command=REFERENCE_COMMAND, count=references, environment=environment),
+        sidecars=sidecars(references, environment, place),
         run_dir=run_dir,
         max_restarts=number(request, "max_restarts"),
         monitor_interval_s=number(request, "monitor_interval", float),
@@ -219,6 +241,9 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
         share_cores=not request.flag("no_core_sharing"),
         hang_timeout_s=number(request, "hang_timeout", float) or 0.0,
         stop_when_hung=request.text("hang_action") == "stop",
+        peer_timeout_s=number(request, "peer_timeout", float) or 0.0,
+        granted_cores=place.cores if place else None,
+        batch=BatchJob(job=place.job, leader=place.task == 0) if place and request.text("requeue") == "auto" else None,
     )
 
 

@@ -1,13 +1,14 @@
 """Shares the cores of this node among ranks and side-cars. A pure function of numbers, but for `taken_by_others`.
 
-With two physical cores or more for each rank and one for each side-car, and no cgroup quota (under which a core of
-one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA order and side-cars the last cores.
-Otherwise nothing is pinned: on a crowded machine the scheduler does better than any fixed share. Data-loader workers
-inherit the cores of their rank; from four cores on, one is left to them when threads are counted.
+With two physical cores or more for each rank and one for each side-car, and no cgroup quota or grant of a scheduler below
+that (under which a core of one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA order and
+side-cars the last cores. Otherwise nothing is pinned: on a crowded machine the scheduler does better than any fixed
+share. Data-loader workers inherit the cores of their rank; from four cores on, one is left to them when threads are
+counted.
 
-A rank that has the node to itself is left alone, as torchrun leaves it. OMP_NUM_THREADS otherwise follows the share and
-is not 1 for everyone. What the user has set himself is never touched: that is
-decided by the caller, who knows the environment.
+A rank that has the node to itself is left alone, as torchrun leaves it, unless the scheduler of a cluster says which part
+of the node is the job's. OMP_NUM_THREADS otherwise follows the share and is not 1 for everyone. What the user has set
+himself is never touched: that is decided by the caller, who knows the environment.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ def share(topology: Topology, *, num_ranks: int, num_sidecars: int, taken: Itera
     busy = frozenset(taken)
     cores = topology.physical()
     free = [core for core in cores if not core & busy]
-    allowed = len(cores) if topology.quota is None else min(len(cores), max(1, math.ceil(topology.quota)))
-    if num_ranks == 1 and not num_sidecars and not busy:
+    limit = topology.limit
+    allowed = len(cores) if limit is None else min(len(cores), max(1, math.ceil(limit)))
+    if num_ranks == 1 and not num_sidecars and not busy and topology.granted is None:
         return Shares(ranks=(frozenset(),), sidecars=(), rank_threads=0, sidecar_threads=1, words="one rank, all cores")
     enough = len(free) >= 2 * num_ranks + num_sidecars
-    if topology.quota is not None and topology.quota < len(cores):
-        return _unpinned(
-            allowed, num_ranks, num_sidecars, f"the cgroup grants {topology.quota:g} of {len(cores)} cores"
-        )
+    if limit is not None and limit < len(cores):
+        who = "the cgroup" if limit == topology.quota else "the job"
+        return _unpinned(allowed, num_ranks, num_sidecars, f"{who} grants {limit:g} of {len(cores)} cores")
     if not enough:
         why = f"{len(free)} of {allowed} cores are free" if busy & frozenset().union(*cores) else f"{allowed} cores"
         return _unpinned(allowed, num_ranks, num_sidecars, why)

@@ -117,12 +117,25 @@ class SidecarSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     index_variable: str = "KGTRUN_REFERENCE_INDEX"
     max_restarts: int = 5
+    on_node: int | None = None
+    """How many the node has where another launcher on it starts them; None: `count`."""
+    directory: Path | None = None
+    """Where launchers of one node share them; None: in this launch's own runtime directory."""
 
     def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"--ref-per-node is {self.count}: use 0 or more")
         if self.count and not self.command:
             raise ValueError("side-car processes are asked for, but no command is given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchJob:
+    """The batch job that this launch is a step of, as far as ending it is concerned."""
+
+    job: str
+    leader: bool
+    """Exactly one launcher of the step: the one that asks for the job to be requeued."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +158,18 @@ class LaunchConfig:
     hang_timeout_s: float = 0.0
     """Report a rank without progress for this long; 0 never."""
     stop_when_hung: bool = False
+    peer_timeout_s: float = 60.0
+    """Without news from another node for this long the launch ends, or restarts without it; 0 waits for ever."""
+    granted_cores: int | None = None
+    """Logical cores that a scheduler grants this launcher, where it says so without enforcing it."""
+    batch: BatchJob | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (
             ("--max-restarts", self.max_restarts),
             ("--shutdown-timeout", self.shutdown_timeout_s),
             ("--hang-timeout", self.hang_timeout_s),
+            ("--peer-timeout", self.peer_timeout_s),
         ):
             if value < 0:
                 raise ValueError(f"{flag} is {value}: use 0 or more")

@@ -7,11 +7,39 @@ Mode 0700, removed at the end of the launch by the launcher, or by the reaper wh
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 _LONGEST_BASE = 60
+
+
+def _base() -> str:
+    base = tempfile.gettempdir()
+    return base if len(base) <= _LONGEST_BASE else "/tmp"
+
+
+def shared_directory(name: str) -> Path:
+    """Path of a directory that launchers of one node find by the same name; only the one that owns it makes it."""
+    return Path(_base()) / f"kgtrun-{os.getuid()}-{name}"
+
+
+def make_shared(directory: Path) -> None:
+    """Make it anew. What an earlier run of the same name left is removed, if it is ours: the name can be guessed.
+
+    Raises:
+        ValueError: somebody else has it.
+    """
+    try:
+        if directory.lstat().st_uid != os.getuid():
+            raise ValueError(
+                f"{directory} belongs to another user: references need it; set TMPDIR, or --ref-per-node 0"
+            )
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        pass
+    directory.mkdir(mode=0o700)
 
 
 @dataclass(frozen=True)
@@ -23,8 +51,7 @@ class RuntimeDir:
     @classmethod
     def create(cls) -> RuntimeDir:
         """Make a fresh one under TMPDIR, or under /tmp where TMPDIR is too long for sockets."""
-        base = tempfile.gettempdir()
-        made = cls(Path(tempfile.mkdtemp(prefix="kgtrun-", dir=base if len(base) <= _LONGEST_BASE else "/tmp")))
+        made = cls(Path(tempfile.mkdtemp(prefix="kgtrun-", dir=_base())))
         made.reference.mkdir(mode=0o700)
         return made
 

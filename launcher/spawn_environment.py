@@ -6,6 +6,7 @@ The user's own settings win: with OMP_NUM_THREADS set, or a NUMA binding asked f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Mapping
 
@@ -22,12 +23,14 @@ class SpawnEnvironment:
     def __init__(self, config: LaunchConfig, runtime: RuntimeDir, launch_id: str) -> None:
         self._config, self._runtime = config, runtime
         self._shares: affinity.Shares | None = None
+        its = config.sidecars
+        references = its.count if its.on_node is None else its.on_node
         self._common = {
             names.LAUNCH_ID: launch_id,
             names.RUN_DIR: str(config.run_dir.resolve()),
             names.RUNTIME_DIR: str(runtime.root),
-            names.REFERENCE_DIR: str(runtime.reference),
-            names.NUM_REFERENCES: str(config.sidecars.count),
+            names.REFERENCE_DIR: str(config.sidecars.directory or runtime.reference),
+            names.NUM_REFERENCES: str(references),
         }
 
     def share_cores(self, num_ranks: int) -> str:
@@ -37,7 +40,7 @@ class SpawnEnvironment:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")
             return "cores are not shared out"
         self._shares = affinity.share(
-            read_topology(),
+            dataclasses.replace(read_topology(), granted=self._config.granted_cores),
             num_ranks=num_ranks,
             num_sidecars=self._config.sidecars.count,
             taken=affinity.taken_by_others(names.CPUS),

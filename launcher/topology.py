@@ -29,6 +29,8 @@ class Topology:
     """Allowed ones, ordered by NUMA node, package, core."""
     quota: float | None = None
     """Cores' worth of time that the cgroup grants; None without a limit."""
+    granted: int | None = None
+    """Cores that the scheduler of a cluster grants without enforcing it; None where it does not say."""
 
     def physical(self) -> list[frozenset[int]]:
         """Logical numbers by physical core, in order."""
@@ -36,6 +38,11 @@ class Topology:
         for cpu in self.cpus:
             groups.setdefault((cpu.node, cpu.package, cpu.core), set()).add(cpu.number)
         return [frozenset(group) for group in groups.values()]
+
+    @property
+    def limit(self) -> float | None:
+        """The smaller of both limits."""
+        return min((limit for limit in (self.quota, self.granted) if limit is not None), default=None)
 
 
 def parse_cpus(text: str) -> frozenset[int]:

@@ -40,7 +40,7 @@ def test_every_torchrun_option_is_there_with_its_default_and_variable(monkeypatc
 def test_our_own_options_are_pinned():
     assert " ".join(option.name for option in OURS) == (
         "policy total-steps run-dir ref-per-node ref-precision deterministic off no-drop-in cache cache-dir cache-bytes"
-        " log-prefix no-core-sharing hang-timeout hang-action dry-run json version help"
+        " log-prefix no-core-sharing hang-timeout hang-action peer-timeout no-slurm requeue dry-run json version help"
     )
 
 
