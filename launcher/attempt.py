@@ -65,6 +65,10 @@ class Attempt:
         """Pids of ranks that have not ended."""
         return [] if self._ended else self._watch.running()
 
+    def codes(self) -> list[int]:
+        """Exit codes of the ranks that have ended, negative for signals."""
+        return self._watch.codes()
+
     def stop(
         self,
         signum: signal.Signals,

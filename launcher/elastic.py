@@ -115,11 +115,12 @@ class RankAgent(LocalElasticAgent):
         failed: Callable[[], bool],
         follower: Follower,
         peers_failed: Callable[[], bool],
+        leaving: Callable[[], int | None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._stop, self._started, self._failed, self._follower = stop, started, failed, follower
-        self._peers_failed = peers_failed
+        self._peers_failed, self._leaving = peers_failed, leaving
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
@@ -128,6 +129,13 @@ class RankAgent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        running = self._leaving()
+        if running is not None:
+            # Each rank saves what it must and ends when it is ready: torch would end all others with the first one.
+            if running:
+                return RunResult(state=WorkerState.HEALTHY)
+            self._shutdown(signal.SIGTERM)
+            return RunResult(state=WorkerState.SUCCEEDED)
         # Torch's own reaction to a failed rank waits 30 s whatever the user asked for, and signals no grandchildren:
         # end them here, so that it finds nothing left to do.
         if self._failed():
@@ -174,8 +182,12 @@ def build_agent(
     failed: Callable[[], bool],
     follower: Follower,
     peers_failed: Callable[[], bool] = lambda: False,
+    leaving: Callable[[], int | None] = lambda: None,
 ) -> RankAgent:
-    """Assemble the agent of one launch; nothing is started."""
+    """Assemble the agent of one launch; nothing is started.
+
+    `leaving` says how many ranks still run where the ranks were asked to save and end, None where they were not.
+    """
     parameters = rendezvous_parameters(config.rendezvous)
     master_addr, master_port = None, None
     if parameters.backend == "static":
@@ -206,6 +218,7 @@ def build_agent(
         failed=failed,
         follower=follower,
         peers_failed=peers_failed,
+        leaving=leaving,
     )
 
 
@@ -244,6 +257,11 @@ def log_specs(spec: LogSpec, environment: EnvironmentOfRank, follower: Follower)
 def is_last_attempt(agent: RankAgent) -> bool:
     """Whether no restart is left."""
     return torch_private.restarts_left(agent) == 0
+
+
+def forbid_restarts(agent: RankAgent) -> None:
+    """From now on a failure is final."""
+    torch_private.forbid_restarts(agent)
 
 
 def run(agent: RankAgent, event_log_handler: str) -> RunResult | None:

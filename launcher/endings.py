@@ -71,6 +71,10 @@ class EndingWatch:
         ended = {ending.key for ending in self.endings}
         return [pid for key, pid in self._fds.values() if key not in ended]
 
+    def codes(self) -> list[int]:
+        """Exit codes so far."""
+        return [ending.returncode for ending in self.endings]
+
     def children(self) -> list[tuple[int, int]]:
         """(key, pid) of all, ended or not."""
         return list(self._fds.values())

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.errors import describe_exit, exit_status
 
-SUCCEEDED, FAILED, SIGNALLED = "succeeded", "failed", "signalled"
+SUCCEEDED, FAILED, SIGNALLED, REQUEUED = "succeeded", "failed", "signalled", "requeued"
 HUNG_EXIT_CODE = 124
 """As timeout(1) has it."""
 

@@ -2,7 +2,8 @@
 
 Stop signals: the first makes the main thread raise, so that the agent forwards it to the ranks and waits out the grace;
 the second hurries (the rest of the grace is dropped). User signals are forwarded to those ranks that have a handler for
-them: the default action of USR1 is death, and a rank that never heard of it must not die of it.
+them: the default action of USR1 is death, and a rank that never heard of it must not die of it. `forwarded` is told how
+many there are, from the thread below.
 
 The main thread may sit in C++ for minutes (a store whose host has gone), where Python's handlers do not run. So a
 thread of its own reads the signal numbers from a wake-up socket: it forwards user signals, and calls `last_resort`
@@ -56,7 +57,9 @@ class SignalDesk:
         targets: Callable[[], Iterable[int]],
         last_resort: Callable[[signal.Signals], object],
         grace_s: float,
+        forwarded: Callable[[signal.Signals, int], object] = lambda *_: None,
     ) -> None:
+        self._forwarded = forwarded
         self.raises: type[Stopped] = Stopped
         self.received: list[signal.Signals] = []
         self._stop, self._forward = frozenset(stop), frozenset(forward) - frozenset(stop)
@@ -110,9 +113,10 @@ class SignalDesk:
             for number in numbers:
                 signum = signal.Signals(number)
                 if signum in self._forward:
-                    for pid in self._targets():
-                        if handles(pid, signum):
-                            self._send(pid, signum)
+                    willing = [pid for pid in self._targets() if handles(pid, signum)]
+                    self._forwarded(signum, len(willing))
+                    for pid in willing:
+                        self._send(pid, signum)
                 elif signum in self._stop:
                     hurried = first is not None
                     first = first or signum

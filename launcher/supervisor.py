@@ -28,12 +28,14 @@ from launcher import process_tree
 from launcher.attempt import Attempt
 from launcher.config import LaunchConfig
 from launcher.errors import LostRendezvousError
+from launcher.leaving import Leaving
+from launcher.links import Links
 from launcher.logs import Follower
 from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Failure, Outcome
 from launcher.peers import Peers
 from launcher.progress import Progress, ProgressMeter
 from launcher.reaper import Reaper
-from launcher.runtime_dir import RuntimeDir
+from launcher.runtime_dir import RuntimeDir, make_shared
 from launcher.sidecar import Sidecar, SidecarKeeper
 from launcher.signals import SignalDesk, Stopped
 from launcher.spawn_environment import SpawnEnvironment
@@ -65,8 +67,12 @@ class Supervisor:
         launch_id = uuid.uuid4().hex
         self.marker = f"{names.LAUNCH_ID}={launch_id}"
         # Forked first, while this process is small and has one thread.
+        shared = config.sidecars.directory if config.sidecars.count else None
+        self._directories = [self.runtime.root, *([shared] if shared else [])]
+        if shared:
+            make_shared(shared)
         self.reaper = Reaper(
-            marker=self.marker, directories=[str(self.runtime.root)], grace_s=config.shutdown_timeout_s
+            marker=self.marker, directories=map(str, self._directories), grace_s=config.shutdown_timeout_s
         )
         _become_subreaper()
         self.events = EventWriter.for_process(config.run_dir, role="launcher", index=config.rendezvous.node_rank)
@@ -75,6 +81,8 @@ class Supervisor:
         self.agent: RankAgent | None = None
         self.attempt: Attempt | None = None
         self.peers: Peers | None = None
+        self.leaving = Leaving(config.batch, forbid_restarts=self._forbid_restarts)
+        self.links = Links(config.peer_timeout_s if config.rendezvous.max_nodes > 1 else 0)
         self._meter = ProgressMeter()
         self.keeper = SidecarKeeper(
             config.sidecars,
@@ -89,6 +97,7 @@ class Supervisor:
             targets=lambda: self.attempt.running() if self.attempt else [],
             last_resort=self._last_resort,
             grace_s=config.shutdown_timeout_s,
+            forwarded=self.leaving.forwarded,
         )
 
     def progress(self) -> Progress | None:
@@ -106,7 +115,11 @@ class Supervisor:
         finally:
             self._end_everything()
             if outcome is not None:
+                outcome = self.leaving.conclude(outcome, self.peers, grace_s=self.config.shutdown_timeout_s)
                 self._finish(outcome)
+            if self.peers is not None:
+                self.peers.close()
+            self.links.close()
             self.desk.close()
             self.reaper.dismiss()
         return outcome
@@ -127,7 +140,8 @@ class Supervisor:
             started=self._on_start,
             failed=lambda: self.attempt is not None and self.attempt.failed(),
             follower=self.follower,
-            peers_failed=lambda: self.peers is not None and self.peers.failed(),
+            peers_failed=self._peers_failed,
+            leaving=lambda: self.leaving.running(self.attempt),
         )
         self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
         try:
@@ -148,8 +162,9 @@ class Supervisor:
         own_moment_s = self._unix_time(failures[0]) if failures and not failures[0].consequence else float("inf")
         if self.peers and remote and self.peers.earliest_moment() < own_moment_s:
             failures = (remote, *failures)
-        if not failures:
-            return self._outcome(FAILED, 1, message=message)
+        lost = self.peers.words() if self.peers else ""
+        if not failures or (lost and failures[0].consequence):
+            return self._outcome(FAILED, 1, message=lost or message)
         return self._outcome(FAILED, failures[0].exit_status(), failures=failures)
 
     def _unix_time(self, failure: Failure) -> float:
@@ -191,10 +206,33 @@ class Supervisor:
             event=self.events.write,
         )
         assert group.store is not None and group.group_rank is not None and group.group_world_size is not None
-        self.peers = Peers(group.store, node=group.group_rank, num_nodes=group.group_world_size)
+        if self.peers is not None:
+            self.peers.close()
+        self.peers = Peers(
+            group.store,
+            node=group.group_rank,
+            num_nodes=group.group_world_size,
+            timeout_s=self.config.peer_timeout_s,
+            endpoint=self.config.rendezvous.endpoint,
+        )
         self.desk.install()  # torch has just put its own handlers in place
         self.events.write("ranks_start", attempt=number, pids=pids, ranks=self.attempt.global_ranks)
         self.keeper.start()
+
+    def _peers_failed(self) -> bool:
+        if self.peers is None or not self.peers.failed():
+            return False
+        if self.peers.lost is not None:
+            logger.warning("%s", self.peers.lost)
+            if self.config.rendezvous.backend == "static":
+                self._forbid_restarts()  # its ranks have fixed places: nobody can take that of the lost node
+        return True
+
+    def _forbid_restarts(self) -> None:
+        from launcher import elastic
+
+        if self.agent is not None:
+            elastic.forbid_restarts(self.agent)
 
     def _on_sidecar_start(self, sidecar: Sidecar) -> None:
         assert sidecar.pid is not None
@@ -221,9 +259,14 @@ class Supervisor:
             torch_error_of=lambda local_rank: elastic.error_path(agent, local_rank),
         )
         peers, failures = self.peers, attempt.failures
-        if peers is None or self.desk.received or not elastic.is_last_attempt(agent):
+        if (
+            peers is None
+            or self.desk.received
+            or self.leaving.running(attempt) is not None
+            or not elastic.is_last_attempt(agent)
+        ):
             return
-        if failures or peers.saw_failure:
+        if failures or peers.failed():
             own = failures[0] if failures and not failures[0].consequence else None
             peers.publish(own, self._unix_time(own) if own else time.time())
 
@@ -248,7 +291,11 @@ class Supervisor:
         )
         self.keeper.reap()
         self.follower.stop()
-        shutil.rmtree(self.runtime.root, ignore_errors=True)
+        self._remove_directories()
+
+    def _remove_directories(self) -> None:
+        for directory in self._directories:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the end into the run directory."""
@@ -268,7 +315,7 @@ class Supervisor:
             signum=signal.SIGKILL,
             grace_s=0,
         )
-        shutil.rmtree(self.runtime.root, ignore_errors=True)
+        self._remove_directories()
         message = f"ended by {signum.name}, by force: the launcher was stuck"
         self._finish(self._outcome(SIGNALLED, 128 + signum, signal_name=signum.name, message=message))
         logger.warning("%s", message)

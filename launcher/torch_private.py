@@ -33,6 +33,11 @@ def restarts_left(agent) -> int:
     return agent._remaining_restarts
 
 
+def forbid_restarts(agent) -> None:
+    """No further start of the worker group, whatever the user granted: the counter is the agent's own."""
+    agent._remaining_restarts = 0
+
+
 def set_log_directory(specs, directory: str) -> None:
     """Fix the directory that DefaultLogsSpecs would otherwise make up: users must find their logs."""
     specs._run_log_dir = directory

@@ -26,6 +26,7 @@ LOGS = f"{OPTIONS}::test_log_directory_redirects_tee_and_filters"
 TOLD = f"{PLAN}::test_trainers_are_told_by_the_names_of_the_contract"
 DRY = f"{OPTIONS}::test_dry_run_starts_nothing_and_version_is_printed"
 BARE = f"{BOOT}::test_no_python_and_run_path"
+SLURM, PEERS = "tests/kgtrun/test_from_slurm.py", "tests/launcher/test_peers.py"
 REFERENCES = f"{PLAN}::test_references_are_started_when_asked_for"
 
 TESTS: dict[str, str] = {
@@ -74,6 +75,9 @@ TESTS: dict[str, str] = {
     "no-core-sharing": f"{PLAN}::test_our_switches",
     "hang-timeout": f"{HANG}::test_a_silent_rank_is_reported_with_the_stacks_of_all",
     "hang-action": f"{HANG}::test_a_hung_run_is_stopped_when_asked",
+    "peer-timeout": f"{PEERS}::test_a_node_that_falls_silent_is_lost_and_named",
+    "no-slurm": f"{SLURM}::test_no_slurm_takes_nothing",
+    "requeue": f"{SLURM}::test_nothing_is_requeued_where_the_user_does_not_want_it",
     "dry-run": DRY,
     "json": DRY,
     "version": DRY,
@@ -116,7 +120,7 @@ COMPLAINTS: tuple[tuple[str, str, str], ...] = (
     (
         "port collisions",
         f"{PLAN}::test_one_node_meets_on_a_free_local_port",
-        "one node: a free port; several: `doctor` tells",
+        "one node: a free port; Slurm: by job and step; otherwise `doctor` tells",
     ),
     (
         "OMP_NUM_THREADS=1 by default",
@@ -133,7 +137,16 @@ COMPLAINTS: tuple[tuple[str, str, str], ...] = (
         f"{LAUNCH}::test_user_signals_reach_only_ranks_that_handle_them",
         "forwarded to those that handle it",
     ),
-    ("Slurm misread", "", "read inside the step by `launcher.slurm`, an issue of its own"),
+    (
+        "Slurm misread",
+        "tests/launcher/test_slurm.py::test_what_cannot_be_known_fails_and_says_what_to_set",
+        "read inside the step by `launcher.slurm`; never a fall-back to one host ([clusters.md](clusters.md))",
+    ),
+    (
+        "a cut cable hangs a launcher for a quarter of an hour",
+        f"{PEERS}::test_a_node_that_falls_silent_is_lost_and_named",
+        "signs of life, and a time limit on every connection: `--peer-timeout`",
+    ),
     ("hostname resolution, IB vs Ethernet name", f"{DOCTOR}::test_traps_of_name_resolution", "`kgtrun doctor`"),
     (
         "--shutdown-timeout ignored on worker failure",

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
+
+import pytest
 
 from launcher import peers
 from launcher.outcome import Failure
@@ -15,34 +18,96 @@ class Store(dict):
     def check(self, keys):
         return all(key in self for key in keys)
 
+    def get(self, key):
+        return self[key]
+
+
+class Gone:
+    """A store whose host has gone."""
+
+    clone = None
+
+    def __getattr__(self, name):
+        raise ConnectionError("Connection timed out")
+
 
 FIRST = Failure(rank=3, local_rank=1, host="h1", pid=9, returncode=-9, after_s=1.0, last_lines=("bye",))
 
 
-def test_the_earliest_failure_of_all_nodes_is_agreed_on(monkeypatch):
-    monkeypatch.setattr(peers, "_LOOK_S", 0.0)
+def soon(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """Nodes around one store, closed at the end."""
     monkeypatch.setattr(peers, "_LINGER_S", 0.0)
+    made: list[Peers] = []
+
+    def meet(count, store=None, **options):
+        store = Store() if store is None else store
+        made.extend(Peers(store, node=i, num_nodes=count, look_s=0.01, **options) for i in range(count))
+        return made
+
+    yield meet
+    for one in made:
+        one.close()
+
+
+def test_the_earliest_failure_of_all_nodes_is_agreed_on(meet):
     store = Store()
-    nodes = [Peers(store, node=i, num_nodes=3) for i in range(3)]
+    nodes = meet(3, store)
     assert not any(node.failed() for node in nodes)
     nodes[1].publish(FIRST, 100.0)
-    assert nodes[0].failed() and nodes[2].failed() and nodes[0].saw_failure
+    assert soon(lambda: nodes[0].failed() and nodes[2].failed()) and nodes[0].saw_failure
     nodes[2].publish(None, 101.0)
     assert nodes[0].earliest() == FIRST and nodes[0].earliest_moment() == 100.0
     assert nodes[1].earliest() is None and nodes[1].earliest_moment() == float("inf")
     assert json.loads(store["kgtrun/failure/1"])[1]["rank"] == asdict(FIRST)["rank"]
 
 
-def test_one_node_asks_nobody_and_a_store_that_is_gone_is_no_news(monkeypatch):
-    monkeypatch.setattr(peers, "_LOOK_S", 0.0)
-
-    class Gone:
-        def __getattr__(self, name):
-            raise ConnectionError("gone")
-
+def test_one_node_asks_nobody():
     alone = Peers(Gone(), node=0, num_nodes=1)
     alone.publish(FIRST, 1.0)
-    assert not alone.failed() and alone.earliest() is None
-    two = Peers(Gone(), node=0, num_nodes=2)
-    two.publish(FIRST, 1.0)
-    assert not two.failed()
+    alone.ended(wait_s=10)
+    assert not alone.failed() and alone.earliest() is None and alone.words() == ""
+    alone.close()
+
+
+def test_a_store_that_cannot_be_reached_is_a_loss_that_says_where(meet):
+    two = meet(2, Gone(), endpoint="h0:29400")
+    assert soon(lambda: two[0].failed())
+    assert "no contact with the rendezvous at h0:29400" in two[0].lost and "Connection timed out" in two[0].lost
+    two[0].publish(FIRST, 1.0)
+    two[0].ended(wait_s=10)
+    assert two[0].earliest() is None
+
+
+def test_a_node_that_falls_silent_is_lost_and_named(meet):
+    nodes = meet(3, timeout_s=0.5)
+    time.sleep(0.8)
+    assert not any(node.failed() for node in nodes)
+    nodes[2].close()
+    assert soon(lambda: nodes[1].failed())
+    assert "node 2 (" in nodes[1].lost and "no sign of life for 0.5 s" in nodes[1].lost
+    nodes[1].publish(None, 5.0)
+    assert soon(lambda: nodes[0].failed()) and nodes[0].words() == nodes[1].lost and nodes[0].earliest() is None
+
+
+def test_silence_is_borne_for_ever_when_asked(meet):
+    nodes = meet(2)
+    nodes[1].close()
+    time.sleep(0.1)
+    assert not nodes[0].failed()
+
+
+def test_the_end_is_waited_for_with_a_bound(meet):
+    nodes = meet(2)
+    begun = time.monotonic()
+    nodes[0].ended(wait_s=0.2)
+    assert time.monotonic() - begun >= 0.2
+    nodes[1].ended(wait_s=30)
+    assert time.monotonic() - begun < 20
