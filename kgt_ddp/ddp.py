@@ -21,7 +21,8 @@ from kgt_ddp import torch_private
 from kgt_ddp.agreement import LAG
 from kgt_ddp.comm_hook import freeze_hook
 from kgt_ddp.errors import FreezingUnsupportedError, KgtError, PolicyError
-from kgt_ddp.freezing import Freezing, Inactive
+from kgt_ddp.freezing import Freezing
+from kgt_ddp.inactive import Inactive
 from kgt_ddp.policies.policy import Policy
 from kgt_ddp.policy_spec import parse_policy
 from kgtrun.contract import environment

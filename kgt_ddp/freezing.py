@@ -27,16 +27,16 @@ from torch.utils._pytree import tree_leaves
 
 from kgt_ddp import optimizer_hooks, torch_private
 from kgt_ddp.activation_cache.cache import ActivationCache
-from kgt_ddp.agreement import LAG, Agreement, control_group, equalise
+from kgt_ddp.agreement import Agreement, control_group
 from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
-from kgt_ddp.errors import KgtError
+from kgt_ddp.decider import Decider
 from kgt_ddp.execution_order import ExecutionOrder, watch
+from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
-from kgt_ddp.optimizer_guard import OptimizerGuard
-from kgt_ddp.policies.policy import Observation, Policy
-from kgt_ddp.prefix_edge import PrefixEdge
+from kgt_ddp.policies.policy import Policy
+from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.signals import Signals
 from kgt_ddp.step_clock import StepClock
@@ -91,23 +91,23 @@ class Freezing:
         self.clock = StepClock()
         self.hook = FreezeHookState(ddp.process_group, self._block_parameters())
         self.hook.on_last_bucket = self._on_last_bucket
-        self.guard = OptimizerGuard()
         self.mask = Mask(0, len(self.blocks))
         self._group = control_group(ddp.process_group)
-        self._rank = ddp.process_group.rank()
         self._agreement: Agreement | None = None
         self._resumed: Mapping[str, Any] | None = None
-        self._edge = PrefixEdge()
+        self._freezer = PrefixFreezer(self.blocks, self.hook)
+        self.guard = self._freezer.guard
+        self._edge = self._freezer.edge
+        self._decider = Decider(policy, total_steps=total_steps, events=events)
         self._saved = SavedTime()
         self._signals: Signals | None = None
         self._profile: BackwardProfile | None = None
         self._apply_s: float | None = None
-        self._in_join = False
+        self._join = JoinWatch()
         self._training = False
         self._order: ExecutionOrder | None = None
         self._around_forward = ExitStack()
         self.cache = ActivationCache(ddp, self.blocks, events)
-        self._ignored_by_us: set[str] = set()
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._applied: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ class Freezing:
         self._training = torch.is_grad_enabled() and ddp.training
         if not self._training:
             return
-        self.clock.paused = self._in_join and torch_private.join_enabled(ddp)
+        self.clock.paused = self._join.inside and torch_private.join_enabled(ddp)
         if self._signals is not None and not self._signals.has_probe:
             self._signals.retain_probe(inputs, kwargs)
         if self.clock.forward_begins():
@@ -234,12 +234,7 @@ class Freezing:
 
     def join_begins(self, hook: JoinHook) -> JoinHook:
         """A `Join` context over the wrapper is made: masks are held until its end. Returns `hook`, watched for the end."""
-        self._in_join = True
-        return _WatchedJoinHook(hook, weakref.ref(self))
-
-    def join_ended(self) -> None:
-        self._in_join = False
-        self.clock.paused = False
+        return self._join.begins(hook)
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self._signals is not None and self._owns(optimizer):
@@ -335,10 +330,8 @@ class Freezing:
             self._apply(mask)
 
     def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
-        observation = Observation(
+        return self._decider.decide(
             step=self.clock.step,
-            apply_step=self.clock.step + LAG - 1,
-            total_steps=self._total_steps,
             num_blocks=len(self.blocks),
             frontier=self.mask.frontier,
             learning_rate=self._learning_rate(),
@@ -348,19 +341,6 @@ class Freezing:
             apply_seconds=self._apply_s,
             signals=signals,
         )
-        decision = self._policy.decide(observation)
-        frontier = min(max(decision.frontier, 0), self.blocks.max_frontier)
-        if frontier != self.mask.frontier or self._policy.signals:
-            self._events.write(
-                "decision",
-                step=self.clock.step,
-                frontier=frontier,
-                was=self.mask.frontier,
-                reason=decision.reason,
-                numbers=dict(decision.numbers),
-                learning_rate=observation.learning_rate,
-            )
-        return frontier
 
     def _learning_rate(self) -> float | None:
         for optimizer in self._optimizers:
@@ -371,20 +351,8 @@ class Freezing:
     def _apply(self, mask: Mask, *, resumed: bool = False) -> None:
         """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
         started = time.perf_counter()
-        ddp = self._wrapper
         old = self.mask.frontier
-        self.blocks.move_to(mask.frontier)
-        equalise(ddp.process_group, self.blocks.buffers_between(old, mask.frontier), ddp.broadcast_bucket_size)
-        ignored = torch_private.ignored_by_ddp(ddp)
-        ignored -= self._ignored_by_us
-        self._ignored_by_us = set(self.blocks.frozen_buffers()) - ignored
-        ignored |= self._ignored_by_us
-        frozen = self.blocks.frozen_parameters()
-        torch_private.rebuild_reducer(ddp)
-        self.hook.set_frozen(frozen, in_buckets=False)
-        self.guard.set_frozen(frozen, self._optimizers)
-        self._edge.move_to(self.blocks)
-        torch_private.allow_one_more_recompile()
+        self._freezer.apply(self._wrapper, mask.frontier, self._optimizers)
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})
@@ -400,9 +368,6 @@ class Freezing:
             reduced_bytes=sum(self.hook.reduced_bytes),
             dropped_bytes=sum(self.hook.dropped_bytes),
         )
-        shared = self.blocks.shared_in_prefix()
-        if shared:
-            logger.info("%s still trains: an active block uses it too", ", ".join(shared))
 
     def set_training(self, training: bool) -> None:
         """The wrapper's `train()` or `eval()` was called."""
@@ -432,50 +397,3 @@ def _at_exit(reference: weakref.ref[Freezing]) -> None:
     freezing = reference()
     if freezing is not None:
         freezing.close()
-
-
-class _WatchedJoinHook(JoinHook):
-    """DDP's own join hook, which also tells when the context has ended on all ranks."""
-
-    def __init__(self, hook: JoinHook, freezing: weakref.ref[Freezing]) -> None:
-        self._hook = hook
-        self._freezing = freezing
-
-    def main_hook(self) -> None:
-        self._hook.main_hook()
-
-    def post_hook(self, is_last_joiner: bool) -> None:
-        self._hook.post_hook(is_last_joiner)
-        freezing = self._freezing()
-        if freezing is not None:
-            freezing.join_ended()
-
-
-class Inactive:
-    """Stands where a `Freezing` would: this wrapper is a plain DDP, and `reason` says why."""
-
-    active = False
-    frontier = 0
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def describe(self) -> str:
-        return f"freezing is off: {self.reason}"
-
-    def summary(self) -> dict[str, Any]:
-        return {"active": False, "reason": self.reason, "frontier": 0, "freezes": [], "dropped_bytes": 0}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        if state and state.get("frontier"):
-            logger.warning(
-                "the checkpoint has %s frozen blocks; freezing is off (%s), so they train again",
-                state["frontier"],
-                self.reason,
-            )
-
-
-__all__ = ["Freezing", "Inactive", "KgtError"]

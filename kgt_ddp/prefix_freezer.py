@@ -1,0 +1,57 @@
+"""Puts a frontier into effect on one wrapper: the one place where a mask becomes reality.
+
+In order: the blocks freeze or lift; buffers that now stop being broadcast are made equal on all ranks (a collective, by
+`agreement`); DDP is told to leave them out; it gets a new reducer for what is live; hook, guard and edge follow. All ranks
+must be here together, with no gradient of the step recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from kgt_ddp import torch_private
+from kgt_ddp.agreement import equalise
+from kgt_ddp.blocks import Blocks
+from kgt_ddp.comm_hook import FreezeHookState
+from kgt_ddp.optimizer_guard import OptimizerGuard
+from kgt_ddp.prefix_edge import PrefixEdge
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixFreezer:
+    """See the module docstring."""
+
+    def __init__(self, blocks: Blocks, hook: FreezeHookState) -> None:
+        self.guard = OptimizerGuard()
+        self.edge = PrefixEdge()
+        self._blocks = blocks
+        self._hook = hook
+        self._ignored_by_us: set[str] = set()
+
+    def apply(self, ddp: DistributedDataParallel, frontier: int, optimizers: Iterable[Optimizer]) -> None:
+        """Freeze the first `frontier` blocks of `ddp`. `optimizers`: those known to own parameters of the model."""
+        old = self._blocks.frontier
+        self._blocks.move_to(frontier)
+        equalise(ddp.process_group, self._blocks.buffers_between(old, frontier), ddp.broadcast_bucket_size)
+        self._leave_out_buffers(ddp)
+        frozen = self._blocks.frozen_parameters()
+        torch_private.rebuild_reducer(ddp)
+        torch_private.allow_one_more_recompile()
+        self._hook.set_frozen(frozen, in_buckets=False)
+        self.guard.set_frozen(frozen, optimizers)
+        self.edge.move_to(self._blocks)
+        shared = self._blocks.shared_in_prefix()
+        if shared:
+            logger.info("%s still trains: an active block uses it too", ", ".join(shared))
+
+    def _leave_out_buffers(self, ddp: DistributedDataParallel) -> None:
+        """Frozen buffers leave DDP's broadcast; names that the user has DDP ignore are not ours to give back."""
+        ignored = torch_private.ignored_by_ddp(ddp)
+        ignored -= self._ignored_by_us
+        self._ignored_by_us = set(self._blocks.frozen_buffers()) - ignored
+        ignored |= self._ignored_by_us
