@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import xxhash
@@ -96,6 +96,7 @@ class Table:
         self._stride = stride_of(slot_bytes)
         self._seed = xxhash.xxh3_64_intdigest(digest.encode())
         self._crowded = count()
+        self._missed = True
         self._writing = threading.Lock()
 
     @property
@@ -131,6 +132,8 @@ class Table:
                 self._fd = -1
 
     def _parts(self, record: Sequence[memoryview]) -> list[list[memoryview]]:
+        if sum(map(len, record)) <= self.slot_bytes:
+            return [list(record)]
         parts: list[list[memoryview]] = [[]]
         room = self.slot_bytes
         for piece in record:
@@ -142,37 +145,49 @@ class Table:
                 piece, room = piece[room:], room - len(piece[:room])
         return parts
 
-    def _places(self, key: bytes, part: int) -> list[int]:
-        home = (int.from_bytes(key[:8], "little") + part * 0x9E3779B97F4A7C15) % self.num_slots
-        return [
-            HEADER_BYTES + (home + i) % self.num_slots * self._stride for i in range(min(NUM_PROBES, self.num_slots))
-        ]
+    def _places(self, key: bytes, part: int) -> Iterator[int]:
+        home = int.from_bytes(key[:8], "little") + part * 0x9E3779B97F4A7C15
+        for i in range(min(NUM_PROBES, self.num_slots)):
+            yield HEADER_BYTES + (home + i) % self.num_slots * self._stride
 
     def _check(self, key: bytes, part: int, length: int, pieces: Sequence[memoryview]) -> int:
-        state = xxhash.xxh3_64(key + part.to_bytes(2, "little") + length.to_bytes(4, "little"), seed=self._seed)
+        mixed = int.from_bytes(key[8:], "little") + part * 0x9E3779B97F4A7C15 + length * 0xC2B2AE3D27D4EB4F
+        seed = (self._seed ^ mixed) & 0xFFFFFFFFFFFFFFFF
+        if len(pieces) == 1:
+            return xxhash.xxh3_64_intdigest(pieces[0], seed=seed)
+        state = xxhash.xxh3_64(seed=seed)
         for piece in pieces:
             state.update(piece)
         return state.intdigest()
 
     def _get_part(self, key: bytes, part: int, pieces: list[memoryview]) -> bool:
         length = sum(map(len, pieces))
-        entry = bytearray(_ENTRY.size)
         for place in self._places(key, part):
             try:
-                got = os.preadv(self._fd, [entry, *pieces], place)
+                # Where hits are the rule one call reads entry and bytes; where misses are, the entry alone.
+                whole = bytearray(_ENTRY.size)
+                if self._missed:
+                    entry = os.pread(self._fd, _ENTRY.size, place)
+                    if entry[:16] == key:
+                        got = os.preadv(self._fd, [whole, *pieces], place)
+                        entry = bytes(whole)
+                else:
+                    got = os.preadv(self._fd, [whole, *pieces], place)
+                    entry = bytes(whole[:got])
             except OSError:
                 return False
-            if got < _ENTRY.size:
+            if len(entry) < _ENTRY.size or entry[:16] == _NO_KEY:
+                self._missed = True
                 return False
             found, check, size, number, magic = _ENTRY.unpack(entry)
-            if found == _NO_KEY:
-                return False
             if found == key and number == part:
-                whole = got == _ENTRY.size + length and size == length and magic == _ENTRY_MAGIC
-                if whole and check == self._check(key, part, length, pieces):
+                self._missed = False
+                sound = got == _ENTRY.size + length and size == length and magic == _ENTRY_MAGIC
+                if sound and check == self._check(key, part, length, pieces):
                     return True
                 self.corrupt += 1
                 return False
+        self._missed = True
         return False
 
     def _put_part(self, key: bytes, part: int, pieces: list[memoryview]) -> int:
@@ -188,7 +203,7 @@ class Table:
         return written
 
     def _place_for(self, key: bytes, part: int) -> int | None:
-        places = self._places(key, part)
+        places = list(self._places(key, part))
         for place in places:
             entry = os.pread(self._fd, _ENTRY.size, place)
             if len(entry) < _ENTRY.size or entry[:16] == _NO_KEY:
