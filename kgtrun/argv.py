@@ -37,25 +37,22 @@ class Request:
         return self.values.get(name, "0") not in ("", "0")
 
 
-_BY_NAME = {option.name: option for option in ALL}
-_BY_SHORT = {option.short: option for option in ALL if option.short}
-
-
-def find_option(written: str) -> Option:
+def find_option(written: str, options: Sequence[Option] = ALL) -> Option:
     """The option a long name means, dashes, underscores and unambiguous prefixes allowed.
 
     Raises:
         UsageError: none or several.
     """
+    by_name = {option.name: option for option in options}
     name = written.replace("_", "-")
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    candidates = sorted(known for known in _BY_NAME if known.startswith(name)) if name else []
+    if name in by_name:
+        return by_name[name]
+    candidates = sorted(known for known in by_name if known.startswith(name)) if name else []
     if len(candidates) == 1:
-        return _BY_NAME[candidates[0]]
+        return by_name[candidates[0]]
     if candidates:
         raise UsageError(f"--{written} could be any of {', '.join('--' + c for c in candidates)}")
-    near = difflib.get_close_matches(name, _BY_NAME, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join('--' + n for n in near)}?" if near else "see kgtrun --help"
     raise UsageError(f"no option --{written}: {hint}")
 
@@ -75,9 +72,9 @@ def _flag_from_variable(option: Option, text: str) -> str:
     raise UsageError(f"{option.variable}={text!r} is not a switch: use 1 or 0")
 
 
-def _defaults(environ: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+def _defaults(environ: Mapping[str, str], options: Sequence[Option]) -> tuple[dict[str, str], set[str]]:
     values, given = {}, set()
-    for option in ALL:
+    for option in options:
         text = environ.get(option.variable, "") if option.variable else ""
         if text:
             value = _flag_from_variable(option, text) if option.flag else _check(option, text, option.variable or "")
@@ -88,13 +85,13 @@ def _defaults(environ: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     return values, given
 
 
-def read(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Request:
-    """Read one command line.
+def read(argv: Sequence[str], environ: Mapping[str, str] | None = None, options: Sequence[Option] = ALL) -> Request:
+    """Read one command line of `options`.
 
     Raises:
         UsageError: as the module says.
     """
-    values, given = _defaults(os.environ if environ is None else environ)
+    values, given = _defaults(os.environ if environ is None else environ, options)
     words = list(argv)
     while words:
         word = words[0]
@@ -104,7 +101,7 @@ def read(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Reque
         if not word.startswith("-") or word == "-":
             break
         words.pop(0)
-        option, value = _split(word)
+        option, value = _split(word, options)
         if option.flag:
             if value is not None:
                 raise UsageError(f"--{option.name} takes no value")
@@ -118,14 +115,15 @@ def read(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Reque
     return Request(values=values, given=frozenset(given), script=tuple(words))
 
 
-def _split(word: str) -> tuple[Option, str | None]:
+def _split(word: str, options: Sequence[Option]) -> tuple[Option, str | None]:
     """Option and joined value of one word that starts with a dash."""
     if word.startswith("--"):
         name, joined, value = word[2:].partition("=")
-        return find_option(name), value if joined else None
-    option = _BY_SHORT.get(word[1])
+        return find_option(name, options), value if joined else None
+    by_short = {option.short: option for option in options if option.short}
+    option = by_short.get(word[1])
     if option is None:
-        shorts = ", ".join(f"-{s}" for s in sorted(_BY_SHORT))
+        shorts = ", ".join(f"-{s}" for s in sorted(by_short))
         raise UsageError(f"no option {word}: the short ones are {shorts}; see kgtrun --help")
     rest = word[2:].removeprefix("=")
     return option, rest or None

@@ -38,7 +38,8 @@ class Runs:
     tag: str
 
     def environment(self, **extra: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("KGTRUN_", "PET_", "OMP_", "TORCHELASTIC_"))}
+        foreign = ("KGTRUN_", "PET_", "OMP_", "TORCHELASTIC_", "SLURM")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.directory / "inductor")}  # torch's own, and not to be counted
         return {**kept, **caches, TAG: self.tag, "TMPDIR": str(self.directory / "tmp"), **extra}
 
