@@ -7,13 +7,12 @@ cut behind it. S(d) is the plasticity between two versions d steps apart, a squa
     exponent  how S grows with the distance: log2 of S(4L) / S(L), halved; 2 where the block moves steadily, 1 where it
               wanders, 0 where it jitters about a point. The median over the window, held between 0 and 2
     to come   level × (horizon / 4L) ^ exponent: what the steps that are left would still change, if it were not frozen
-    past      the sum of S(4L) over the run, one term every 4L steps: what has changed so far
+    past      the sum of S(4L) over the run, one term every 4L steps, outliers cut: what has changed so far
     peak      the highest level so far
 
-States of an evaluation: visible (all three scores at least `VISIBLE` floors, and of a kind with each other), near the
-floor, unknown. Only visible ones are reckoned with; three scores at odds do not measure one movement. A score far above
-all of its window, and among the highest of the run, means that the block is no longer the one it was (fresh weights, for
-instance): its history begins anew, 5L steps later, when no score compares across the jump any more.
+Only visible evaluations (`scores`) are reckoned with. A score far above all of its window, and among the highest of the
+run, means that the block is no longer the one it was (fresh weights, for instance): its history begins anew, 5L steps
+later, when no score compares across the jump any more.
 """
 
 from __future__ import annotations
@@ -24,25 +23,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-VISIBLE: Final = 3.0
+from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
+
 JUMP: Final = 3.0
-AT_ODDS: Final = 4.0
-"""S(2L) lies between S(L) and S(4L), give or take this factor, or the three do not measure one movement."""
 DECLINE: Final = 0.25
 MIN_SEEN: Final = 5
 MIN_TERMS: Final = 3
+MAX_TERMS: Final = 63
+"""One more, and neighbours are added up in pairs, and terms come half as often: a long run keeps a short list."""
+OUTLIER: Final = 30.0
+"""A term counts up to this many medians. A network may fall from its random weights into a flat state in a few steps;
+beside such a plunge all that follows, the learning itself included, would look like nothing."""
 KEPT: Final = 32
 """Evaluations that are kept of a window, at least; those in between are left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Of one block at one evaluation: S(L), S(2L), S(4L), and the score of the model against itself."""
-
-    near: float | None
-    middle: float | None
-    far: float | None
-    floor: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +56,12 @@ class CutHistory:
 
     recent: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, S(L), S(4L)) of visible evaluations."""
-    past: float = 0.0
-    terms: int = 0
+    terms: list[float] = field(default_factory=list)
+    """Of the past, the oldest first."""
+    stride: int = 1
+    """Times 4L steps that a term stands for."""
     counted_step: int = 0
-    """Step up to which `past` reaches."""
+    """Step up to which they reach."""
     peak: float = 0.0
     fastest: float = 0.0
     """Highest S(L) of the run."""
@@ -86,28 +81,24 @@ class CutHistory:
             span: 4L, in steps.
             window: how far back levels are taken from, in steps.
         """
-        self.num_scored += any(value is not None for value in (scores.near, scores.middle, scores.far))
+        self.num_scored += not scores.missing
         self.recent = [entry for entry in self.recent if entry[0] > step - window]
         seen = visible(scores)
-        near_floor = not seen and _near_floor(scores)
-        self.num_near_floor = self.num_near_floor + 1 if near_floor else 0
+        self.num_near_floor = self.num_near_floor + 1 if near_floor(scores) else 0
         if seen is None:
-            if _known(scores) and not near_floor:  # at odds with each other: noise, not a movement
+            if at_odds(scores):
                 self.num_still = 0
             return False
         near, far = seen
         if self._jumps_to(near):
-            self.recent, self.past, self.terms, self.peak, self.num_still = [], 0.0, 0, 0.0, 0
+            self.recent, self.terms, self.stride, self.peak, self.num_still = [], [], 1, 0.0, 0
             self.blind_until = self.counted_step = step + settling(span)
         self.fastest = max(self.fastest, near)
         if step < self.blind_until:
             return False
         if not self.recent or step - self.recent[-1][0] >= window / KEPT:
             self.recent.append((step, near, far))
-        if step - self.counted_step >= span:
-            self.past += statistics.median([entry[2] for entry in self.recent if entry[0] > step - span] or [far])
-            self.terms += 1
-            self.counted_step = step
+        self._count(step, far, span)
         if len(self.recent) >= MIN_SEEN:
             self.peak = max(self.peak, statistics.median(entry[2] for entry in self.recent))
         return True
@@ -124,14 +115,33 @@ class CutHistory:
         Args:
             horizon: steps at the present pace that are still to come.
         """
-        if len(self.recent) < MIN_SEEN or self.terms < MIN_TERMS or self.past <= 0:
+        if len(self.recent) < MIN_SEEN or len(self.terms) < MIN_TERMS:
             return None
         _, level, upper = statistics.quantiles((far for _, _, far in self.recent), n=4, method="inclusive")
         growth = statistics.median(far / near for _, near, far in self.recent)
         exponent = min(max(math.log2(growth) / 2, 0.0), 2.0)
         to_come = level * (horizon / span) ** exponent if math.isfinite(horizon) else math.inf
         declined = upper < DECLINE * self.peak
-        return Outlook(level=level, exponent=exponent, to_come=to_come, past=self.past, declined=declined)
+        return Outlook(level=level, exponent=exponent, to_come=to_come, past=self.past(), declined=declined)
+
+    def _count(self, step: int, far: float, span: int) -> None:
+        """Add a term to the past, if it is time to."""
+        reach = self.stride * span
+        if step - self.counted_step < reach:
+            return
+        level = statistics.median([entry[2] for entry in self.recent if entry[0] > step - reach] or [far])
+        self.terms.append(self.stride * level)
+        self.counted_step = step
+        if len(self.terms) > MAX_TERMS:
+            self.terms = [a + b for a, b in zip(self.terms[::2], self.terms[1::2], strict=True)]
+            self.stride *= 2
+
+    def past(self) -> float:
+        """See the module; 0 without a term."""
+        if not self.terms:
+            return 0.0
+        most = OUTLIER * statistics.median(self.terms)
+        return sum(min(term, most) for term in self.terms)
 
     def _jumps_to(self, near: float) -> bool:
         """Far above all of the window, and back among the highest of the run: not a mere gust."""
@@ -150,27 +160,3 @@ class CutHistory:
 def settling(span: int) -> int:
     """Steps after which no score compares across an event any more: 4L, and a lag more, as a score arrives late."""
     return span + span // 4
-
-
-def visible(scores: Scores) -> tuple[float, float] | None:
-    """S(L) and S(4L) where all is known, well above the floor and of a kind; else None."""
-    if not _known(scores) or _near_floor(scores):
-        return None
-    near, middle, far = scores.near, scores.middle, scores.far
-    assert near is not None and middle is not None and far is not None
-    if near <= 0 or far <= 0 or not min(near, far) / AT_ODDS <= middle <= max(near, far) * AT_ODDS:
-        return None
-    return near, far
-
-
-def _known(scores: Scores) -> bool:
-    values = (scores.near, scores.middle, scores.far, scores.floor)
-    return all(value is not None and math.isfinite(value) for value in values)
-
-
-def _near_floor(scores: Scores) -> bool:
-    if not _known(scores):
-        return False
-    assert scores.near is not None and scores.middle is not None and scores.far is not None
-    assert scores.floor is not None
-    return min(scores.near, scores.middle, scores.far) < VISIBLE * scores.floor

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from kgt_ddp.policies.cost import job_steps, pays, steps_to_come
-from kgt_ddp.policies.cut_history import CutHistory, Outlook, Scores, visible
+from kgt_ddp.policies.cut_history import CutHistory, Outlook
 from kgt_ddp.policies.learning_rate import RateWatch
 from kgt_ddp.policies.policy import Decision, Observation
+from kgt_ddp.policies.scores import Scores, visible
 
 LAG_INTERVALS: Final = 2
 """The lag L in intervals from decision to decision: 4L is then about a twentieth of a job of 150 decisions."""

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from kgt_ddp.policies.cut_history import CutHistory, Scores, settling, visible
+from kgt_ddp.policies.cut_history import CutHistory, settling
+from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
 
 SPAN, WINDOW = 40, 120
 
@@ -34,6 +35,16 @@ def test_past_has_one_term_every_four_lags():
     outlook = history([1e-5] * 21).outlook(0, SPAN)  # steps 40 to 240
     assert outlook.past == pytest.approx(6 * 4e-5)
     assert outlook.level == pytest.approx(4e-5)
+
+
+def test_a_plunge_from_random_weights_is_not_what_all_else_is_measured_by():
+    plain, plunged = history([1e-5] * 60).past(), history([1e-1] * 4 + [1e-5] * 56).past()
+    assert plain < plunged < 6 * plain  # and not 1,000 times
+
+
+def test_a_long_run_keeps_few_terms_and_loses_none():
+    cut = history([1e-5] * 2000)
+    assert len(cut.terms) < 64 and cut.past() == pytest.approx(500 * 4e-5, rel=0.05)
 
 
 def test_the_level_is_of_the_window_and_one_gust_does_not_move_it():
@@ -69,6 +80,14 @@ def test_what_is_not_visible_changes_nothing(bad):
     assert cut.outlook(100, SPAN) == before
 
 
+def test_near_the_floor_and_at_odds_are_told_apart():
+    low = Scores(near=1e-9, middle=2e-9, far=4e-9, floor=1e-9)
+    odd = Scores(near=1e-5, middle=1e-3, far=4e-5, floor=1e-9)
+    nan = Scores(near=1e-5, middle=math.nan, far=4e-5, floor=1e-9)
+    assert [near_floor(s) for s in (low, odd, nan)] == [True, False, False]
+    assert [at_odds(s) for s in (low, odd, nan)] == [False, True, False]
+
+
 def test_an_exact_reference_has_no_floor():
     assert visible(scores(1e-12, floor=0.0)) == (1e-12, 4e-12)
 
@@ -84,7 +103,7 @@ def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jum
     calm = [1e-3] * 6 + [1e-5] * 20
     cut = history([*calm, 8e-4])
     jump = 40 + 10 * len(calm)
-    assert cut.outlook(100, SPAN) is None and cut.past == 0 and cut.blind_until == jump + settling(SPAN)
+    assert cut.outlook(100, SPAN) is None and cut.past() == 0 and cut.blind_until == jump + settling(SPAN)
     for step in range(jump + 10, jump + 171, 10):
         cut.note(step, scores(2e-5), span=SPAN, window=WINDOW)
     assert cut.outlook(100, SPAN).past == pytest.approx(3 * 8e-5)
@@ -92,7 +111,7 @@ def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jum
 
 
 def test_a_gust_is_no_jump():
-    assert history([*[1e-3] * 6, *[1e-5] * 20, 8e-5]).past > 0  # far from what the run has seen
+    assert history([*[1e-3] * 6, *[1e-5] * 20, 8e-5]).past() > 0  # far from what the run has seen
 
 
 def test_evaluations_near_the_floor_are_counted_in_a_row():

@@ -70,8 +70,7 @@ def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
     plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
     assert plain.first(4) < 0.55 and fresh.first(4) > plain.first(4) + 0.1
     assert plain.first(6) < 0.55 and fresh.first(6) > plain.first(6) + 0.1
-    assert fresh.frozen < plain.frozen
-    assert fresh.first(1) < 0.5  # in front of it nothing has happened
+    assert 0.05 < fresh.frozen < plain.frozen
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,61 @@
+"""The scores of one block at one evaluation, and whether they may be reckoned with.
+
+visible      all known, finite, at least `VISIBLE` floors, and of a kind with each other
+near floor   known, but one of them under `VISIBLE` floors: the block moves less than can be seen
+at odds      known and above the floor, but no measures of one movement: noise
+unknown      anything else
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+VISIBLE: Final = 3.0
+AT_ODDS: Final = 4.0
+"""S(2L) lies between S(L) and S(4L), give or take this factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """S(L), S(2L), S(4L), and the score of the model against itself; None where nobody had one."""
+
+    near: float | None
+    middle: float | None
+    far: float | None
+    floor: float | None
+
+    @property
+    def missing(self) -> bool:
+        """Had nobody any of the three?"""
+        return self.near is None and self.middle is None and self.far is None
+
+
+def visible(scores: Scores) -> tuple[float, float] | None:
+    """S(L) and S(4L) if the evaluation is visible."""
+    known = _known(scores)
+    if known is None or near_floor(scores) or not _of_a_kind(*known[:3]):
+        return None
+    return known[0], known[2]
+
+
+def near_floor(scores: Scores) -> bool:
+    known = _known(scores)
+    return known is not None and min(known[:3]) < VISIBLE * known[3]
+
+
+def at_odds(scores: Scores) -> bool:
+    known = _known(scores)
+    return known is not None and not near_floor(scores) and not _of_a_kind(*known[:3])
+
+
+def _of_a_kind(near: float, middle: float, far: float) -> bool:
+    return min(near, far) > 0 and min(near, far) / AT_ODDS <= middle <= max(near, far) * AT_ODDS
+
+
+def _known(scores: Scores) -> tuple[float, float, float, float] | None:
+    values = (scores.near, scores.middle, scores.far, scores.floor)
+    if any(value is None or not math.isfinite(value) for value in values):
+        return None
+    return values  # type: ignore[return-value]
