@@ -68,23 +68,49 @@ def run_process(
     """
     with tempfile.TemporaryDirectory(prefix="kgtrun-cost-") as folder:
         answer = Path(folder) / "cost.json"
-        between = [sys.executable, str(Path(__file__).resolve()), str(answer), str(timeout_s), str(os.getpid())]
-        process = subprocess.Popen(
-            [*between, *command], env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT if output else None
-        )
+        process = begin(command, answer, timeout_s=timeout_s, env=env, cwd=cwd, output=output)
         try:
             process.wait(timeout_s + 3 * _LINGER_S)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait(3 * _LINGER_S)
-        if not answer.exists():
-            raise RuntimeError(f"{command[0]} could not be measured: the process in between ended {process.returncode}")
-        record = json.loads(answer.read_text())
+        return result(command, answer)
+
+
+def begin(
+    command: Sequence[str],
+    answer: Path,
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    output: IO[Any] | None = None,
+) -> subprocess.Popen[Any]:
+    """Start a command as `run_process` does and return at once, with the process in between: the root of the tree.
+
+    When that has ended, `result` reads what it wrote to `answer`. Terminating it kills the tree, as does the end of this
+    process.
+    """
+    between = [sys.executable, str(Path(__file__).resolve()), str(answer), str(timeout_s), str(os.getpid())]
+    return subprocess.Popen(
+        [*between, *command], env=env, cwd=cwd, stdout=output, stderr=subprocess.STDOUT if output else None
+    )
+
+
+def result(command: Sequence[str], answer: Path) -> ProcessCost:
+    """The cost of a command that has ended; raises what `run_process` raises.
+
+    Raises:
+        RuntimeError: the process in between was killed before it could write.
+    """
+    if not answer.exists():
+        raise RuntimeError(f"{command[0]} could not be measured: the process in between did not live to tell")
+    record = json.loads(answer.read_text())
     if record.pop("missing", False):
         raise FileNotFoundError(f"there is no program {command[0]!r}")
-    if record.pop("timed_out", False):
-        raise TimeoutError(f"{' '.join(command)} did not end within {timeout_s:.0f} s and was killed")
+    if "timed_out_s" in record:
+        raise TimeoutError(f"{' '.join(command)} did not end within {record['timed_out_s']:.0f} s and was killed")
     return ProcessCost(**record)
 
 
@@ -99,7 +125,7 @@ def _measure(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
         return {"missing": True}
     if not _ends_within(process.pid, timeout_s):
         _kill_descendants()
-        return {"timed_out": True}
+        return {"timed_out_s": timeout_s}
     _, status, usage = os.wait4(process.pid, 0)
     wall_s = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
