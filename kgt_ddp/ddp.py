@@ -97,7 +97,7 @@ class FreezeAwareDDP(DistributedDataParallel):
                 policy_spec=spec,
                 blocks=blocks,
                 total_steps=total_steps,
-                interval=interval if interval is not None else _interval(total_steps, listens=bool(rule.signals)),
+                interval=interval if interval is not None else _interval(total_steps),
                 deterministic=environment.flag(environment.DETERMINISTIC),
                 events=EventWriter.for_process(
                     os.environ.get(environment.RUN_DIR), role="trainer", index=int(os.environ.get("RANK", "0"))
@@ -155,12 +155,6 @@ def _inactive(reason: str, level: int = logging.INFO) -> Inactive:
     return Inactive(reason)
 
 
-def _interval(total_steps: int | None, *, listens: bool) -> int:
-    """Steps from one decision to the next.
-
-    A schedule costs nothing to ask: about 150 times a job. A score costs a copy of the weights and a forward in the
-    reference, and is compared over several intervals: about 64 times.
-    """
-    if not total_steps:
-        return 20 if listens else 10
-    return min(max(total_steps // (64 if listens else 150), LAG + 1), 50)
+def _interval(total_steps: int | None) -> int:
+    """Steps from one decision to the next: about 150 decisions a job, which is what the policies are calibrated for."""
+    return 10 if not total_steps else min(max(total_steps // 150, LAG + 1), 50)
