@@ -15,77 +15,24 @@ The wrapper's inputs are seen by a forward pre-hook on it, in front of DDP's cop
 from __future__ import annotations
 
 import logging
-import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.folder import CacheFolder
-from kgt_ddp.activation_cache.gate import PATIENCE
+from kgt_ddp.activation_cache.options import CacheOptions
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import Prefix
 from kgt_ddp.activation_cache.session import Session
 from kgt_ddp.activation_cache.writer import Writer
 from kgt_ddp.blocks import Blocks
-from kgtrun.contract import environment
 from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
-
-MODES = ("off", "auto", "on")
-DEFAULT_MODE = "off"
-DTYPE = "KGTRUN_CACHE_DTYPE"
-"""Not in the contract's table yet: "bf16" (the default) or "exact"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """How to cache.
-
-    Raises:
-        ValueError: `mode` or `budget_bytes` is none of what is valid.
-    """
-
-    mode: str = DEFAULT_MODE
-    """"off"; "auto": where a measurement says that it pays; "on": wherever it can be done."""
-    directory: Path | None = None
-    """Of the files; a folder of this user under the system's temporary directory when left out."""
-    budget_bytes: int | None = None
-    """Of all files in the directory; a quarter of the free space when left out."""
-    exact: bool = False
-    """Keep 32-bit floats as they are, not as bfloat16."""
-    patience: int = PATIENCE
-    """Samples to look up without a hit before giving up: an epoch and a half of one rank."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"{environment.CACHE}={self.mode!r}: use one of {', '.join(MODES)}")
-        if self.budget_bytes is not None and self.budget_bytes <= 0:
-            raise ValueError(f"{environment.CACHE_BYTES}={self.budget_bytes}: a cache needs at least some bytes")
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str] | None = None) -> CacheOptions:
-        """What the launcher set."""
-        environ = os.environ if environ is None else environ
-        directory = environ.get(environment.CACHE_DIR)
-        return cls(
-            mode=environ.get(environment.CACHE) or DEFAULT_MODE,
-            directory=Path(directory) if directory else None,
-            budget_bytes=environment.integer(environment.CACHE_BYTES, environ=environ),
-            exact=_exact(environ.get(DTYPE, "")),
-        )
-
-
-def _exact(text: str) -> bool:
-    if text not in ("", "bf16", "exact"):
-        raise ValueError(f"{DTYPE}={text!r}: use bf16 or exact")
-    return text == "exact"
 
 
 class ActivationCache:

@@ -25,7 +25,9 @@ class Counters:
     bytes_read: int = 0
     bytes_written: int = 0
     key_s: float = 0.0
+    """Hashing."""
     read_s: float = 0.0
+    """Looking records up and putting batches together; hashing included."""
     write_s: float = 0.0
     """On the training thread: copying what is to be written."""
     background_s: float = 0.0

@@ -22,7 +22,7 @@ WINDOW = 24
 RETRY = 8
 PAUSE = 512
 LONGEST_PAUSE = 16_384
-PATIENCE = 100_000
+PATIENCE = 50_000
 """Samples looked up without hits before a try ends, if nobody knows the length of an epoch."""
 LOW_HIT_RATE = 0.02
 TRIAL_SHARE = 0.02

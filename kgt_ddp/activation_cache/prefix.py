@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import nn
 
+from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.blocks import Block, Blocks
 
 FORMAT = 1
@@ -70,35 +71,24 @@ class Prefix:
             return (
                 f"{self._shared[0]} in block {self._owner(self._shared[0])} still trains: an active block uses it too"
             )
+        if any(torch_private.is_compiled(module) for module in [self._model, *self._inside]):
+            return "the model is compiled"
         for module in self._inside:
-            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-                return f"{self.name_of(module)} is compiled"
             if type(module).__call__ is not nn.Module.__call__:
                 return f"{self.name_of(module)} is not called as other modules are"
-        if hasattr(self._model, "_orig_mod") or getattr(self._model, "_compiled_call_impl", None) is not None:
-            return "the model is compiled"
         return self.hooked()
 
     def hooked(self) -> str | None:
         """A hook on a module of the prefix would not see what it was made for. Costs microseconds."""
         for module in self._inside:
-            if not (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
-                continue
-            for hook in _hooks(module):
+            for hook in torch_private.hooks(module):
                 if not str(getattr(hook, "__module__", "")).startswith(_OUR_HOOKS):
                     return f"block {self._block_of(module)} has a hook on {self.name_of(module)}"
         return None
 
     def observed(self) -> bool:
         """Whether hooks of ours look at outputs in the prefix just now: this forward is to compute them."""
-        return any(
-            getattr(hook, "__module__", "") != _EDGE for m in self._inside if m._forward_hooks for hook in _hooks(m)
-        )
+        return any(getattr(hook, "__module__", "") != _EDGE for m in self._inside for hook in torch_private.hooks(m))
 
     def changed(self) -> bool:
         """Whether weights or buffers were written since the last call (or since this was made)."""
@@ -144,14 +134,7 @@ class Prefix:
         return next(b.name for b in self.blocks if any(n == parameter for n, _ in b.parameters))
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(t.data_ptr(), t._version) for _, t in self._tensors]
-
-
-def _hooks(module: nn.Module) -> Iterator[object]:
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
-    yield from module._backward_hooks.values()
-    yield from module._backward_pre_hooks.values()
+        return [(t.data_ptr(), torch_private.writes(t)) for _, t in self._tensors]
 
 
 def _source(kind: type) -> str:

@@ -4,7 +4,7 @@ For the time of one forward a module's `forward` is replaced on the instance (wh
 included, comes back), so hooks and call order stay as they are. Three uses:
 
 - `replaced`: each module of a table returns what its entry makes, by the number of its call in this forward;
-- `captured`: one module computes as ever, and its output is shown to a callback;
+- `captured`: one module computes as ever, and its output is shown to a callback; `timed`: with the time it took;
 - `stopped_at`: the forward ends by force when one module has computed, and yields its output; nothing behind it runs.
 
 Knows nothing of caches. Not for compiled modules, whose compiled code does not look at the instance again.
@@ -12,10 +12,12 @@ Knows nothing of caches. Not for compiled modules, whose compiled code does not 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
@@ -58,6 +60,31 @@ def captured(module: nn.Module, note: Callable[[Any], None]) -> Iterator[None]:
 
     with replaced({module: forward}):
         yield
+
+
+@contextmanager
+def timed(model: nn.Module, module: nn.Module, note: Callable[[float, Any], None]) -> Iterator[None]:
+    """Call `note(seconds, output)` when `module` has computed. Seconds since `model`'s forward began: what its wrapper
+    does before, waiting for other ranks included, is not among them."""
+    began = 0.0
+
+    def begin(compute: Callable[..., Any]) -> Replacement:
+        def forward(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal began
+            began = now()
+            return compute(*args, **kwargs)
+
+        return forward
+
+    with replaced({model: begin(model.forward)}), captured(module, lambda output: note(now() - began, output)):
+        yield
+
+
+def now() -> float:
+    """Seconds of a clock, with all work that was queued on CUDA done."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def stopped_at(module: nn.Module, run: Callable[[], Any]) -> Any:

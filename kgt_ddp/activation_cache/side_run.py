@@ -4,7 +4,7 @@ For the time of side runs normalisation layers use (and keep) their running stat
 synchronised layer communicates: ranks run on the side on their own, whenever they like. Gradients are taken by
 `torch.autograd.grad`, which neither touches `.grad` nor wakes DDP's reducer.
 
-A model whose own `forward` communicates must not be run on the side; such models are not cached (KGTRUN_CACHE=off).
+A model whose own `forward` communicates must not be run on the side: `session` looks for that first.
 """
 
 from __future__ import annotations

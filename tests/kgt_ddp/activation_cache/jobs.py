@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kgt_ddp.activation_cache.cache import ActivationCache, CacheOptions
+from kgt_ddp.activation_cache.cache import ActivationCache
+from kgt_ddp.activation_cache.options import CacheOptions
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.execution_order import watch
 from kgtrun.contract.events import EventWriter

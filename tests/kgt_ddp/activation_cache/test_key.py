@@ -84,7 +84,8 @@ def test_a_second_text_with_a_length_of_its_own_is_hashed_whole():
 def test_padding_in_front_or_between_is_not_cut():
     batch = text([3, 9], 9)
     batch["attention_mask"] = batch["attention_mask"].flip(1)
-    assert Keys().batch((), batch).lengths is None
+    assert Keys().batch((), batch).cut == frozenset()
+    assert not Keys().batch((), batch).padded
 
 
 def test_excluded_arguments_are_not_in_the_key():

@@ -145,7 +145,7 @@ def test_of_a_batch_with_some_known_samples_only_the_others_are_computed(tmp_pat
 def test_a_smaller_last_batch_is_read_too(tmp_path):
     batches = [*images(3, size=6), ((images(1, size=6)[0][0][0][:2],), {})]
     ours, theirs, summary = both(SmallResNet, batches, 3, tmp_path)
-    assert summary["full_batches"] >= 6
+    assert summary["full_batches"] >= 5
     assert farthest(ours, theirs) < 1e-5
 
 

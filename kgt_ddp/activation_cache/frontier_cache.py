@@ -1,0 +1,201 @@
+"""What is done with a batch at a frontier that is ready: look up, put together, compute what is missing, write, compare.
+
+A batch is *full* (every sample was found: the prefix does not run), *partial* (at least `WORTH_JOINING` were found: the
+prefix runs for the others), or *computed* (it runs as ever, and what was not there is written). Every
+`SPOT_CHECK_EVERY`th full batch is computed as well and compared; `wrong` then says what does not agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from kgt_ddp.activation_cache.counters import Counters
+from kgt_ddp.activation_cache.first_use import Route
+from kgt_ddp.activation_cache.gate import Gate, Spent
+from kgt_ddp.activation_cache.key import Batch
+from kgt_ddp.activation_cache.prefetch import Prefetch
+from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.activation_cache.record import Rows, segments
+from kgt_ddp.activation_cache.short_circuit import now, replaced, stopped_at, timed
+from kgt_ddp.activation_cache.side_run import close
+from kgt_ddp.activation_cache.store import Table
+from kgt_ddp.activation_cache.writer import Writer
+
+WORTH_JOINING = 0.25
+"""With fewer hits than this share of a batch the whole batch is computed: one forward in place of two."""
+SPOT_CHECK_EVERY = 100
+
+
+class FrontierCache:
+    """See the module docstring.
+
+    Args:
+        writer: None where the file cannot be written.
+        tolerance: of spot checks, relative to a sample's largest element; None for that of the dtype.
+
+    Attributes:
+        wrong: what a spot check found, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix: Prefix,
+        route: Route,
+        table: Table,
+        writer: Writer | None,
+        *,
+        gate: Gate,
+        prefetch: Prefetch,
+        counters: Counters,
+        tolerance: float | None,
+    ) -> None:
+        assert prefix.unit is not None
+        self.wrong: str | None = None
+        self._model, self._prefix, self._unit = model, prefix, prefix.unit
+        self._route, self._table, self._writer = route, table, writer
+        self._gate, self._prefetch, self._counters = gate, prefetch, counters
+        self._tolerance = tolerance
+        self._until_spot_check = 1
+        self._last = time.perf_counter()
+
+    @contextmanager
+    def forward(self, batch: Batch, *, key_s: float) -> Iterator[None]:
+        """Around one forward. `key_s`: what hashing the batch took."""
+        spent = Spent(samples=batch.size, lookup_s=key_s)
+        value, found, spent = self._look_up(batch, spent)
+        hits = int(found.sum())
+        self._counters.batches += 1
+        self._counters.hits += hits
+        self._counters.misses += batch.size - hits
+        if value is not None and hits == batch.size and self._is_wrong(batch, value):
+            value = None
+        if value is not None:
+            spent = replace(spent, hits=hits)
+            self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
+            with replaced(self._route.table(self._unit, value, batch)):
+                yield
+        else:
+            write_s = [0.0]
+            with self._computing(batch, found, write_s):
+                yield
+            spent = replace(spent, write_s=write_s[0])
+        self._account(spent)
+
+    def pause(self) -> None:
+        """A batch passed by: its time is none of the cache's."""
+        self._last = time.perf_counter()
+
+    def close(self) -> None:
+        self._counters.corrupt += self._table.corrupt
+        self._table.close()
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def _look_up(self, batch: Batch, spent: Spent) -> tuple[Any, np.ndarray, Spent]:
+        """(output of the frontier unit or None, which samples were found, seconds)."""
+        codec = self._route.codec
+        sizes = codec.lengths(batch)
+        if sizes is None or not self._route.predictable(batch):
+            return None, np.zeros(batch.size, bool), spent
+        started = time.perf_counter()
+        ahead = self._prefetch.take(batch)
+        if ahead is not None:
+            found, tensors = ahead.found, ahead.tensors
+            self._counters.prefetched += int(found.sum())
+        else:
+            tensors, rows = codec.empty_rows(batch, pinned=codec.on_cuda)
+            found = np.array([self._table.get(k, segments(rows, sizes[i], i)) for i, k in enumerate(batch.keys)])
+        self._counters.bytes_read += sum(sum(sizes[i]) for i in np.flatnonzero(found))
+        self._prefetch.use(self._table, codec, batch)
+        spent = replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
+        if found.mean() < WORTH_JOINING:
+            return None, found, spent
+        if found.all():
+            self._counters.full_batches += 1
+        else:
+            self._counters.partial_batches += 1
+            self._compute_missing(tensors, batch, np.flatnonzero(~found).tolist())
+        started = time.perf_counter()
+        value = ahead.output if ahead is not None and ahead.output is not None else codec.output(tensors, batch)
+        return value, found, replace(spent, read_s=time.perf_counter() - started)
+
+    def _compute_missing(self, tensors: list[torch.Tensor], batch: Batch, missing: list[int]) -> None:
+        """Run the prefix for some samples and put their records among those that were read."""
+        part = batch.subset(missing)
+        rows = self._route.codec.rows(self._prefix_output(batch, missing), part)
+        assert rows is not None, "the first use has shown that samples are independent"
+        for data, tensor in zip(rows, tensors, strict=True):
+            tensor.view(batch.size, -1).view(torch.uint8).numpy()[missing] = data
+        self._write(rows, part, np.zeros(part.size, bool))
+
+    def _prefix_output(self, batch: Batch, index: list[int] | None = None) -> Any:
+        """The frontier unit's output for these samples of a batch, or for all."""
+        device = next(self._model.parameters()).device
+        args, kwargs = batch.arguments() if index is None else batch.select(index)
+        args, kwargs = tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        started = now()
+        with torch.no_grad():
+            output = stopped_at(self._unit, lambda: self._model(*args, **kwargs))
+        self._gate.computed(batch.size if index is None else len(index), now() - started)
+        return output
+
+    # ---- computing and writing --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _computing(self, batch: Batch, found: np.ndarray, write_s: list[float]) -> Iterator[None]:
+        def keep(seconds: float, output: Any) -> None:
+            self._gate.computed(batch.size, seconds)
+            started = time.perf_counter()
+            self._route.codec.remember_shared(output, batch)
+            rows = self._route.codec.rows(output, batch)
+            if rows is not None:
+                self._write(rows, batch, found)
+            write_s[0] = time.perf_counter() - started
+
+        with self._route.learning(batch), timed(self._model, self._unit, keep):
+            yield
+
+    def _write(self, rows: Rows, batch: Batch, found: np.ndarray) -> None:
+        sizes = self._route.codec.lengths(batch)
+        if sizes is None or self._writer is None or self._writer.stopped is not None or self.wrong is not None:
+            return
+        records = [(batch.keys[i], segments(rows, sizes[i], i)) for i in np.flatnonzero(~found).tolist()]
+        if records and not self._writer.add(self._table, records):
+            self._counters.records_dropped += len(records)
+
+    # ---- checking ---------------------------------------------------------------------------------------------------
+
+    def _is_wrong(self, batch: Batch, value: Any) -> bool:
+        """Now and then compute what was read, and compare: writes to the prefix that nothing else shows end here."""
+        self._until_spot_check -= 1
+        if self._until_spot_check > 0:
+            return False
+        self._until_spot_check = SPOT_CHECK_EVERY
+        started = time.perf_counter()
+        self._counters.spot_checks += 1
+        codec = self._route.codec
+        computed, ours = codec.samples(self._prefix_output(batch), batch), codec.samples(value, batch)
+        assert ours is not None and computed is not None
+        if not all(
+            close(c, o, self._tolerance) for a, b in zip(computed, ours, strict=True) for c, o in zip(a, b, strict=True)
+        ):
+            self.wrong = f"a record of block {self._prefix.blocks[-1].name} is not what the block computes"
+        self._counters.check_s += time.perf_counter() - started
+        return self.wrong is not None
+
+    def _account(self, spent: Spent) -> None:
+        at = time.perf_counter()
+        self._counters.read_s += spent.lookup_s + spent.read_s
+        self._counters.write_s += spent.write_s
+        self._gate.spent(replace(spent, wall_s=at - self._last))
+        self._last = at
