@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from resnet import resnet20
+from run_report import frozen_so_far, report
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
@@ -124,6 +125,8 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(total_steps, 1))
 
+    num_val = min(args.val_images, args.test_images)
+    epochs: list[dict[str, float]] = []
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
@@ -137,62 +140,32 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             optimizer.step()
             schedule.step()
             loss_sum += loss.detach()
-        line = f"epoch {epoch + 1}/{args.epochs}  loss {loss_sum.item() / len(loader):.4f}"
-        if args.val_images:
-            # Through .module: ranks may have different numbers of batches here, and need not wait for each other.
-            line += f"  accuracy {accuracy(net, test_set, min(args.val_images, args.test_images)):.1%}"
+        epochs.append({"loss": loss_sum.item() / len(loader)})
+        line = f"epoch {epoch + 1}/{args.epochs}  loss {epochs[-1]['loss']:.4f}"
+        if num_val:
+            # On the bare network: ranks may have different numbers of batches here, and need not wait for each other.
+            val_start_s, val_start_cpu_s = time.perf_counter(), time.process_time()
+            epochs[-1]["accuracy"] = accuracy(net, test_set, num_val)
+            epochs[-1]["val_wall_s"] = time.perf_counter() - val_start_s
+            epochs[-1]["val_cpu_s"] = total_over_ranks(time.process_time() - val_start_cpu_s, device)
+            line += f"  accuracy {epochs[-1]['accuracy']:.1%}"
         if rank == 0:
             print(f"{line}  {time.perf_counter() - start_s:.0f} s{frozen_so_far(model)}", flush=True)
     wall_s = time.perf_counter() - start_s
     cpu_s = total_over_ranks(time.process_time() - start_cpu_s, device)
+    tested = num_val == args.test_images  # the last validation was the test
     figures = {
-        "accuracy": accuracy(net, test_set, args.test_images),
+        "accuracy": epochs[-1]["accuracy"] if tested else accuracy(net, test_set, args.test_images),
         "train_wall_s": wall_s,
         "train_cpu_s": cpu_s,
         "world_size": world_size,
         "steps": total_steps,
-        "loss": loss_sum.item() / len(loader),
+        "loss": epochs[-1]["loss"],
+        "epochs": epochs,
     }
     if hasattr(model, "freezing"):
         figures["freezing"] = model.freezing.summary()
     return figures
-
-
-def frozen_so_far(model: nn.Module) -> str:
-    freezing = getattr(model, "freezing", None)
-    if freezing is None or not freezing.active:
-        return ""
-    return f"  {freezing.frontier} of {freezing.summary()['num_blocks']} blocks frozen"
-
-
-def report(figures: dict[str, Any]) -> str:
-    """What the run cost and what it left out, for a reader at a terminal."""
-    lines = [
-        f"test accuracy    {figures['accuracy']:.2%}",
-        f"training took    {figures['train_wall_s']:.1f} s, "
-        f"{figures['train_cpu_s']:.1f} CPU seconds over {figures['world_size']} ranks",
-    ]
-    saved = figures.get("freezing", {"active": False, "reason": "stock DistributedDataParallel"})
-    if not saved["active"]:
-        return "\n".join([*lines, f"blocks frozen    none: {saved['reason']}"])
-    when = ", ".join(f"{f['frontier']} from step {f['step']}" for f in saved["freezes"]) or "none"
-    lines.append(f"blocks frozen    {when} (of {saved['num_blocks']} blocks, {figures['steps']} steps)")
-    lines.append(
-        f"backward passes  {backward_left_out(saved, figures['steps']):.0%} of them left out, by block and step"
-    )
-    reduced, dropped = saved["reduced_bytes"], saved["dropped_bytes"]
-    share = dropped / max(reduced + dropped, 1)
-    lines.append(
-        f"gradients        {reduced / 1e6:.1f} MB reduced, {dropped / 1e6:.1f} MB left out ({share:.0%}) by each rank"
-    )
-    return "\n".join(lines)
-
-
-def backward_left_out(saved: dict[str, Any], num_steps: int) -> float:
-    """Share of all (block, step) pairs in which a block was frozen and had no backward pass."""
-    ends = [freeze["step"] for freeze in saved["freezes"][1:]] + [num_steps]
-    pairs = zip(saved["freezes"], ends, strict=False)
-    return sum(f["frontier"] * (end - f["step"]) for f, end in pairs) / (saved["num_blocks"] * num_steps)
 
 
 def main() -> None:
