@@ -10,9 +10,9 @@ cut behind it. S(d) is the plasticity between two versions d steps apart, a squa
     past      the sum of S(4L) over the run, one term every 4L steps, outliers cut: what has changed so far
     peak      the highest level so far
 
-Only visible evaluations (`scores`) are reckoned with. A score far above all of its window, and among the highest of the
-run, means that the block is no longer the one it was (fresh weights, for instance): its history begins anew, 5L steps
-later, when no score compares across the jump any more.
+Only visible evaluations (`scores`) are reckoned with. A block that had calmed down, and whose score is suddenly far above
+all of its window and the highest of the run, is no longer the one it was (fresh weights, for instance): its history
+begins anew, 5L steps later, when no score compares across the jump any more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
 
+CALM: Final = 0.25
 JUMP: Final = 3.0
 DECLINE: Final = 0.25
 MIN_SEEN: Final = 5
@@ -115,7 +116,7 @@ class CutHistory:
         Args:
             horizon: steps at the present pace that are still to come.
         """
-        if len(self.recent) < MIN_SEEN or len(self.terms) < MIN_TERMS:
+        if len(self.recent) < MIN_SEEN or not self.has_past:
             return None
         _, level, upper = statistics.quantiles((far for _, _, far in self.recent), n=4, method="inclusive")
         growth = statistics.median(far / near for _, near, far in self.recent)
@@ -136,6 +137,10 @@ class CutHistory:
             self.terms = [a + b for a, b in zip(self.terms[::2], self.terms[1::2], strict=True)]
             self.stride *= 2
 
+    @property
+    def has_past(self) -> bool:
+        return len(self.terms) >= MIN_TERMS
+
     def past(self) -> float:
         """See the module; 0 without a term."""
         if not self.terms:
@@ -144,10 +149,12 @@ class CutHistory:
         return sum(min(term, most) for term in self.terms)
 
     def _jumps_to(self, near: float) -> bool:
-        """Far above all of the window, and back among the highest of the run: not a mere gust."""
+        """From calm, far above all of the window and the highest of the run. Neither a gust nor the growth of
+        a warm-up is that."""
         if len(self.recent) < MIN_SEEN:
             return False
-        return near > JUMP * max(entry[1] for entry in self.recent) and near > self.fastest / 2
+        window = max(entry[1] for entry in self.recent)
+        return window < CALM * self.fastest and near > max(JUMP * window, self.fastest)
 
     def state_dict(self) -> dict[str, Any]:
         return {**asdict(self), "recent": [list(entry) for entry in self.recent]}

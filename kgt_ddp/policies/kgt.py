@@ -95,7 +95,7 @@ class Kgt:
     def _judge(self, observation: Observation, seen: list[bool], span: int) -> Decision:
         horizon = self._rate.horizon(steps_to_come(observation))
         outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
-        shares = _shares(outlooks)
+        shares = _shares(outlooks, next((c.past() for c in reversed(self._cuts) if c.has_past), None))
         self._count_still(seen, shares, outlooks)
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
@@ -204,9 +204,8 @@ class Kgt:
         }
 
 
-def _shares(outlooks: list[Outlook | None]) -> list[float | None]:
+def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float | None]:
     """What is to come of each cut as a share of what is past, see the module; None where it is not known."""
-    deepest = next((o.past for o in reversed(outlooks) if o), None)
     return [o.to_come / math.sqrt(o.past * deepest) if o and deepest else None for o in outlooks]
 
 

@@ -101,7 +101,7 @@ def test_too_few_evaluations_say_nothing():
 
 def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jump():
     calm = [1e-3] * 6 + [1e-5] * 20
-    cut = history([*calm, 8e-4])
+    cut = history([*calm, 2e-3])
     jump = 40 + 10 * len(calm)
     assert cut.outlook(100, SPAN) is None and cut.past() == 0 and cut.blind_until == jump + settling(SPAN)
     for step in range(jump + 10, jump + 171, 10):
@@ -111,7 +111,11 @@ def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jum
 
 
 def test_a_gust_is_no_jump():
-    assert history([*[1e-3] * 6, *[1e-5] * 20, 8e-5]).past() > 0  # far from what the run has seen
+    assert history([*[1e-3] * 6, *[1e-5] * 20, 5e-4]).past() > 0  # the run has seen as much
+
+
+def test_the_growth_of_a_warm_up_is_no_jump():
+    assert history([1e-6] * 8 + [1e-5] * 8 + [1e-4] * 8).past() > 0  # it never calmed down
 
 
 def test_evaluations_near_the_floor_are_counted_in_a_row():
