@@ -66,6 +66,7 @@ class FrontierCache:
         self._gate, self._prefetch, self._counters = gate, prefetch, counters
         self._tolerance = tolerance
         self._until_spot_check = 1
+        self._found_last = False
         self._last = time.perf_counter()
 
     @contextmanager
@@ -112,13 +113,16 @@ class FrontierCache:
         if ahead is not None:
             found, tensors = ahead.found, ahead.tensors
             self._counters.prefetched += int(found.sum())
+        elif not self._found_last and (there := self._seem_there(batch)).mean() < WORTH_JOINING:
+            return None, there, replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
         else:
             tensors, rows = codec.empty_rows(batch, pinned=codec.on_cuda)
             found = np.array([self._table.get(k, segments(rows, sizes[i], i)) for i, k in enumerate(batch.keys)])
         self._counters.bytes_read += sum(sum(sizes[i]) for i in np.flatnonzero(found))
         self._prefetch.use(self._table, codec, batch)
         spent = replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
-        if found.mean() < WORTH_JOINING:
+        self._found_last = bool(found.mean() >= WORTH_JOINING)
+        if not self._found_last:
             return None, found, spent
         if found.all():
             self._counters.full_batches += 1
@@ -128,6 +132,9 @@ class FrontierCache:
         started = time.perf_counter()
         value = ahead.output if ahead is not None and ahead.output is not None else codec.output(tensors, batch)
         return value, found, replace(spent, read_s=time.perf_counter() - started)
+
+    def _seem_there(self, batch: Batch) -> np.ndarray:
+        return np.array([self._table.has(key) for key in batch.keys])
 
     def _compute_missing(self, tensors: list[torch.Tensor], batch: Batch, missing: list[int]) -> None:
         """Run the prefix for some samples and put their records among those that were read."""

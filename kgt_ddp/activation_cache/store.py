@@ -96,7 +96,6 @@ class Table:
         self._stride = stride_of(slot_bytes)
         self._seed = xxhash.xxh3_64_intdigest(digest.encode())
         self._crowded = count()
-        self._missed = True
         self._writing = threading.Lock()
 
     @property
@@ -106,6 +105,19 @@ class Table:
     def get(self, key: bytes, into: Sequence[memoryview]) -> bool:
         """Fill `into`, whose total size is the record's, with a record; False where there is none that is whole."""
         return all(self._get_part(key, part, pieces) for part, pieces in enumerate(self._parts(into)))
+
+    def has(self, key: bytes) -> bool:
+        """Whether a record seems to be there, by its entry alone: cheap where most are not."""
+        for place in self._places(key, 0):
+            try:
+                entry = os.pread(self._fd, _ENTRY.size, place)
+            except OSError:
+                return False
+            if entry[:16] == key:
+                return True
+            if len(entry) < _ENTRY.size or entry[:16] == _NO_KEY:
+                return False
+        return False
 
     def put(self, key: bytes, record: Sequence[memoryview]) -> int:
         """Write a record; returns the bytes written, 0 where its neighbourhood is taken.
@@ -162,32 +174,21 @@ class Table:
 
     def _get_part(self, key: bytes, part: int, pieces: list[memoryview]) -> bool:
         length = sum(map(len, pieces))
+        entry = bytearray(_ENTRY.size)
         for place in self._places(key, part):
             try:
-                # Where hits are the rule one call reads entry and bytes; where misses are, the entry alone.
-                whole = bytearray(_ENTRY.size)
-                if self._missed:
-                    entry = os.pread(self._fd, _ENTRY.size, place)
-                    if entry[:16] == key:
-                        got = os.preadv(self._fd, [whole, *pieces], place)
-                        entry = bytes(whole)
-                else:
-                    got = os.preadv(self._fd, [whole, *pieces], place)
-                    entry = bytes(whole[:got])
+                got = os.preadv(self._fd, [entry, *pieces], place)
             except OSError:
                 return False
-            if len(entry) < _ENTRY.size or entry[:16] == _NO_KEY:
-                self._missed = True
+            if got < _ENTRY.size or entry[:16] == _NO_KEY:
                 return False
             found, check, size, number, magic = _ENTRY.unpack(entry)
             if found == key and number == part:
-                self._missed = False
                 sound = got == _ENTRY.size + length and size == length and magic == _ENTRY_MAGIC
                 if sound and check == self._check(key, part, length, pieces):
                     return True
                 self.corrupt += 1
                 return False
-        self._missed = True
         return False
 
     def _put_part(self, key: bytes, part: int, pieces: list[memoryview]) -> int:

@@ -78,7 +78,9 @@ def test_records_come_back_from_this_process_and_after_a_restart(opened):
     table.close()
     again, _ = opened()
     assert all(np.array_equal(read(again, i), record(i)) for i in range(200))
+    assert all(again.has(key(i)) for i in range(200))
     assert read(again, 201) is None
+    assert not again.has(key(201))
     assert again.corrupt == 0
 
 
