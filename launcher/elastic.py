@@ -135,7 +135,8 @@ class RankAgent(LocalElasticAgent):
             if running:
                 return RunResult(state=WorkerState.HEALTHY)
             self._shutdown(signal.SIGTERM)
-            return RunResult(state=WorkerState.SUCCEEDED)
+            values = {worker.global_rank: None for worker in worker_group.workers}
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
         # Torch's own reaction to a failed rank waits 30 s whatever the user asked for, and signals no grandchildren:
         # end them here, so that it finds nothing left to do.
         if self._failed():
