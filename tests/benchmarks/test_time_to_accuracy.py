@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import time_to_accuracy
+from benchmarks.time_to_accuracy import command, environment, finished_runs, parse_policies, settings
+
+FULL = {name: settings(name, quick=False, changed={}) for name in time_to_accuracy.WORKLOADS}
+
+
+def line(policy: str, **changed: Any) -> list[str]:
+    chosen = settings("vision", quick=False, changed=changed)
+    return command(policy, chosen, 3, folder=Path("folder"), name="name")
+
+
+def test_plain_is_stock_ddp_under_torchrun() -> None:
+    found = line("none")
+    assert found[1:3] == ["-m", "torch.distributed.run"]
+    assert found[-1] == "--stock-ddp"
+    assert "kgtrun" not in found
+
+
+def test_a_policy_runs_the_same_script_under_kgtrun_without_cache_or_hang_watch() -> None:
+    plain, found = line("none"), line("linear:start=0.3,stop=0.7")
+    gate = found.index(str(Path(time_to_accuracy.epoch_gate.__file__)))
+    assert found[gate:] == plain[plain.index(found[gate]) : -1]
+    assert found[found.index("--policy") + 1] == "linear:start=0.3,stop=0.7"
+    assert found[found.index("--cache") + 1] == "off"
+    assert found[found.index("--hang-timeout") + 1] == "0"
+
+
+def test_the_cache_is_asked_for_by_a_suffix() -> None:
+    found = line("kgt+cache")
+    assert found[found.index("--policy") + 1] == "kgt"
+    assert found[found.index("--cache") + 1] == "auto"
+
+
+def test_sizes_given_on_the_command_line_reach_the_script_that_has_them() -> None:
+    found = line("none", **{"train-images": 100, "train-texts": 50, "epochs": None})
+    assert found[found.index("--train-images") + 1] == "100"
+    assert found[found.index("--epochs") + 1] == "10"
+    assert "--train-texts" not in found
+
+
+def test_policies_are_split_at_commas_that_are_not_their_own() -> None:
+    assert parse_policies("none, linear:start=0.3,stop=0.7,kgt") == ["none", "linear:start=0.3,stop=0.7", "kgt"]
+
+
+def test_settings_of_the_caller_do_not_reach_the_runs() -> None:
+    environ = {"KGTRUN_OFF": "1", "KGTRUN_LANGUAGE_DIR": "d", "OMP_NUM_THREADS": "7", "HOME": "h"}
+    found = environment({"threads_per_rank": 2}, environ)
+    assert found == {"KGTRUN_LANGUAGE_DIR": "d", "OMP_NUM_THREADS": "2", "HOME": "h"}
+
+
+def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heats = []
+
+    def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Any, folder: Path) -> list[str]:
+        heats.append((workload, seed, *policies))
+        for policy in policies:
+            record = {"workload": workload, "policy": policy, "seed": seed, "settings": chosen}
+            time_to_accuracy._add(folder / "runs.jsonl", record)
+            if len(heats) == 3:
+                raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(time_to_accuracy, "run_heat", run_heat)
+    what = (["vision", "text"], ["none", "kgt"], [0, 1], FULL, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        time_to_accuracy.run_all(*what)
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('\n{"workload": "torn')
+    assert len(finished_runs(tmp_path / "runs.jsonl", FULL)) == 5
+    assert time_to_accuracy.run_all(*what) == []
+    assert len(finished_runs(tmp_path / "runs.jsonl", FULL)) == 8
+    both = ("none", "kgt")
+    assert heats[:3] == [("vision", 0, *both), ("text", 0, *both), ("vision", 1, *both)]
+    assert heats[3:] == [("vision", 1, "kgt"), ("text", 1, *both)]
+
+
+def test_runs_of_another_size_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    small = settings("vision", quick=False, changed={"train-images": 10})
+    # As JSON gives it back: the settings must survive the way through the file.
+    path.write_text(json.dumps({"workload": "vision", "policy": "none", "seed": 0, "settings": small}) + "\n")
+    assert finished_runs(path, FULL) == {}
+    assert list(finished_runs(path, {"vision": small})) == [("vision", "none", 0)]
+
+
+def test_an_unknown_workload_is_refused_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        time_to_accuracy.main(["--workloads", "speech"])
+    assert "no workload speech: choose from vision, text" in capsys.readouterr().err
