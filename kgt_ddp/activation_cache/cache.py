@@ -116,8 +116,8 @@ class ActivationCache:
         session = self._session
         if session is None:
             return
-        state = "refused" if session.refused is not None else session.gate.state
-        reason = session.refused if session.refused is not None else session.gate.reason
+        state = session.state
+        reason = session.refused or session.gate.reason or "it is used wherever it can be"
         said = (session.prefix.frontier, state, session.refused)
         if said == self._said or (state == "trying" and not self._said):
             self._said = said
@@ -153,7 +153,7 @@ class ActivationCache:
             return "off"
         if self._session is None:
             return "idle"
-        return "refused" if self._session.refused is not None else self._session.gate.state
+        return self._session.state
 
     def drain(self, timeout_s: float = 10.0) -> bool:
         """Wait, at most so long, until what was computed is written."""

@@ -110,6 +110,7 @@ class FrontierCache:
             return None, np.zeros(batch.size, bool), spent
         started = time.perf_counter()
         ahead = self._prefetch.take(batch)
+        self._prefetch.use(self._table, codec, batch)
         if ahead is not None:
             found, tensors = ahead.found, ahead.tensors
             self._counters.prefetched += int(found.sum())
@@ -119,7 +120,6 @@ class FrontierCache:
             tensors, rows = codec.empty_rows(batch, pinned=codec.on_cuda)
             found = np.array([self._table.get(k, segments(rows, sizes[i], i)) for i, k in enumerate(batch.keys)])
         self._counters.bytes_read += sum(sum(sizes[i]) for i in np.flatnonzero(found))
-        self._prefetch.use(self._table, codec, batch)
         spent = replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
         self._found_last = bool(found.mean() >= WORTH_JOINING)
         if not self._found_last:

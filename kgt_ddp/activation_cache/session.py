@@ -72,6 +72,13 @@ class Session:
         self._changes = 0
         self._key_s = 0.0
 
+    @property
+    def state(self) -> str:
+        """refused, or what the gate says; without one the cache is open."""
+        if self.refused is not None:
+            return "refused"
+        return self.gate.state if self._gated else "open"
+
     @contextmanager
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any) -> Iterator[None]:
         """Around one training forward of the model."""

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 QUEUE_BYTES = 64 << 20
 _IDLE_S = 1.0
-_CHECK_EVERY_BYTES = 32 << 20
+_CHECK_EVERY_BYTES = 1 << 20
 
 Record = tuple[bytes, list[memoryview]]
 
