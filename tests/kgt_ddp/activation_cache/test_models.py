@@ -370,3 +370,19 @@ def test_layers_of_a_list_in_a_model_of_the_users(tmp_path):
     ours, theirs, summary = both(Masked, ids, 2, tmp_path)
     assert summary["full_batches"] >= 5
     assert equal(ours, theirs)
+
+
+def test_a_data_set_larger_than_the_budget_keeps_its_share_of_hits_and_the_budget(tmp_path):
+    """Read in cycles, with room for a third of it: what is there stays there, in place of being pushed out."""
+    batches = images(48)
+    sample_bytes, budget = 8 * 8 * 8 * 4, 4096 + 64 * 2112
+    with job(SmallResNet, batches[0], 2, tmp_path, budget_bytes=budget) as made:
+        made.epochs(batches, 2)
+        before = made.cache.summary()
+        made.epochs(batches, 2)
+        after = made.cache.summary()
+        assert made.cache.refused is None
+    rate = (after["hits"] - before["hits"]) / (2 * 4 * len(batches))
+    assert 0.2 < rate <= 64 / (4 * len(batches)) + 0.02
+    assert before["bytes_written"] > 60 * sample_bytes
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= budget
