@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import time_to_accuracy
 from benchmarks.time_to_accuracy import command, environment, finished_runs, parse_policies, settings
+from benchmarks.turns import JobFailed, Turn
 
 FULL = {name: settings(name, quick=False, changed={}) for name in time_to_accuracy.WORKLOADS}
 
@@ -96,3 +97,44 @@ def test_an_unknown_workload_is_refused_with_the_valid_ones(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         time_to_accuracy.main(["--workloads", "speech"])
     assert "no workload speech: choose from vision, text" in capsys.readouterr().err
+
+
+class FakeJob:
+    """Three turns; the policy named in the log's name as broken fails in the second."""
+
+    order: list[str] = []
+
+    def __init__(self, command: Any, *, log: Path, **_: Any) -> None:
+        self.name, self.log, self.turns, self.ended = log.stem, log, [], False
+
+    def turn(self) -> Turn:
+        if "static" in self.name and len(self.turns) == 1:
+            raise JobFailed(f"{self.name} ended with exit code 1")
+        self.order.append(self.name)
+        places = ("start", "0", "exit")
+        self.turns.append(Turn(place=places[len(self.turns)], wall_s=1.0, cpu_s=2.0, reference_cpu_s=0.0))
+        self.ended = len(self.turns) == len(places)
+        if self.ended:
+            self.log.with_suffix(".json").write_text("{}")
+        return self.turns[-1]
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> FakeJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_run_that_fails_leaves_the_others_going(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_to_accuracy, "Job", FakeJob)
+    monkeypatch.setattr(FakeJob, "order", [])
+    policies = ["none", "static:blocks=1,step=2", "kgt"]
+    failures = time_to_accuracy.run_heat("vision", policies, 0, FULL["vision"], tmp_path)
+    assert failures == ["vision-static_blocks_1_step_2-seed0 ended with exit code 1"]
+    found = finished_runs(tmp_path / "runs.jsonl", FULL)
+    assert [policy for _, policy, _ in found] == ["none", "kgt"]
+    plain, broken, kgt = (time_to_accuracy.run_name("vision", policy, 0) for policy in policies)
+    assert FakeJob.order == [plain, broken, kgt, kgt, plain, plain, kgt]

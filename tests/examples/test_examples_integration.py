@@ -44,6 +44,8 @@ def test_stock_ddp_under_torchrun(tiny_fashion: Path, tmp_path: Path) -> None:
     assert "freezing" not in figures
     assert figures["steps"] == 32
     assert figures["accuracy"] > 0.5
+    assert len(figures["epochs"]) == 4
+    assert figures["accuracy"] == figures["epochs"][-1]["accuracy"], "the last validation was on the whole test set"
 
 
 def test_under_torchrun_nothing_is_frozen_and_it_says_why(tiny_fashion: Path, tmp_path: Path) -> None:
@@ -59,6 +61,22 @@ def test_under_kgtrun_the_schedule_freezes_eight_of_ten_blocks(tiny_fashion: Pat
     assert freezing["dropped_bytes"] > 0
     assert figures["accuracy"] > 0.3
     assert "8 of 10 blocks frozen" in text
+    assert "left out" in text
+
+
+def test_minilm_freezes_its_front_and_learns(tiny_language: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    sizes = ["--epochs", "6", "--batch-size", "8", "--train-texts", "200", "--test-texts", "60", "--val-texts", "20"]
+    script = [str(EXAMPLES / "minilm_newsgroups.py"), "--data", str(tiny_language), *sizes, "--lr", "3e-3"]
+    policy = ["--policy", "linear:start=0.5,stop=0.8,fraction=0.5"]
+    text = run([*KGTRUN, *policy, *script, "--json-out", str(figures)], tmp_path)
+    found = json.loads(figures.read_text())
+    assert (found["freezing"]["num_blocks"], found["steps"]) == (4, 150)
+    assert found["freezing"]["frontier"] == 2
+    assert found["accuracy"] > 0.3
+    assert [set(epoch) for epoch in found["epochs"]] == [{"loss", "accuracy", "val_wall_s", "val_cpu_s"}] * 6
+    assert found["test_wall_s"] > 0
+    assert "2 of 4 blocks frozen" in text
     assert "left out" in text
 
 
