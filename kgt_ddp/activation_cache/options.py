@@ -12,8 +12,6 @@ from kgtrun.contract import environment
 
 MODES = ("off", "auto", "on")
 DEFAULT_MODE = "off"
-DTYPE = "KGTRUN_CACHE_DTYPE"
-"""Not in the contract's table yet: "bf16" (the default) or "exact"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +48,11 @@ class CacheOptions:
             mode=environ.get(environment.CACHE) or DEFAULT_MODE,
             directory=Path(directory) if directory else None,
             budget_bytes=environment.integer(environment.CACHE_BYTES, environ=environ),
-            exact=_exact(environ.get(DTYPE, "")),
+            exact=_exact(environ.get(environment.CACHE_DTYPE, "")),
         )
 
 
 def _exact(text: str) -> bool:
     if text not in ("", "bf16", "exact"):
-        raise ValueError(f"{DTYPE}={text!r}: use bf16 or exact")
+        raise ValueError(f"{environment.CACHE_DTYPE}={text!r}: use bf16 or exact")
     return text == "exact"

@@ -24,6 +24,7 @@ CPUS = "KGTRUN_CPUS"
 CACHE = "KGTRUN_CACHE"
 CACHE_DIR = "KGTRUN_CACHE_DIR"
 CACHE_BYTES = "KGTRUN_CACHE_BYTES"
+CACHE_DTYPE = "KGTRUN_CACHE_DTYPE"
 LAUNCH_ID = "KGTRUN_LAUNCH_ID"
 RUNTIME_DIR = "KGTRUN_RUNTIME_DIR"
 HEARTBEAT = "KGTRUN_HEARTBEAT"
@@ -45,6 +46,7 @@ DESCRIPTIONS: dict[str, str] = {
     CACHE: "activation cache: off, auto or on",
     CACHE_DIR: "directory of the activation cache",
     CACHE_BYTES: "byte budget of the activation cache on this node",
+    CACHE_DTYPE: "records of the activation cache: bf16 (the default) or exact",
     LAUNCH_ID: "marks every process of one launch, so that none is left behind",
     RUNTIME_DIR: "node-local directory (mode 0700) of this launch, removed at its end",
     HEARTBEAT: "file this trainer's progress is written to, see kgtrun.contract.heartbeat",
