@@ -1,6 +1,6 @@
 """Train a ResNet-20 on Fashion-MNIST with data-parallel ranks; at the end, say what freezing saved.
 
-    kgtrun --nproc-per-node 2 --policy linear:start=0.25,stop=0.75,blocks=8 examples/fashion_resnet.py
+    kgtrun --nproc-per-node 2 --policy linear:start=0.25,stop=0.75,fraction=0.8 examples/fashion_resnet.py
     torchrun --nproc-per-node 2 examples/fashion_resnet.py          # the same script, nothing is frozen
 
 An ordinary torchrun script: all that is kgtrun's is the class that wraps the model and the summary read from it.

@@ -1,6 +1,6 @@
 """Fine-tune all-MiniLM-L6-v2 on 20 Newsgroups with data-parallel ranks; at the end, say what freezing saved.
 
-    kgtrun --nproc-per-node 2 --policy linear:start=0.4,stop=0.8,blocks=4 examples/minilm_newsgroups.py
+    kgtrun --nproc-per-node 2 --policy linear:start=0.4,stop=0.8,fraction=0.6 examples/minilm_newsgroups.py
     torchrun --nproc-per-node 2 examples/minilm_newsgroups.py          # the same script, nothing is frozen
 
 An ordinary torchrun script: all that is kgtrun's is the class that wraps the model and the summary read from it. The

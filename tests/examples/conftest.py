@@ -47,7 +47,7 @@ def tiny_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts.mkdir(parents=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{c}" for c in "abcdefghijklmnopqrst")]
     (model / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(model / "vocab.txt"))
+    tokenizer = transformers.BertTokenizer(str(model / "vocab.txt"))
     tokenizer.save_pretrained(model)
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64

@@ -54,6 +54,7 @@ def test_texts_are_mixed_alike_in_every_run_and_classes_do_not_depend_on_the_num
     assert len({label for _, label in few}) > 10, "the file is sorted by group"
     assert {label for _, label in many} == set(range(20))
     assert {len(tokens) for tokens, _ in many} == set(range(4, 11))
+    assert len({tokens[1] for tokens, _ in many}) == 20, "every word is known"
     assert all(len(tokens) <= 5 for tokens, _ in minilm_newsgroups.load(tiny_language, "train", 40, 5))
 
 

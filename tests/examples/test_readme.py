@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from kgt_ddp.policy_spec import parse_policy
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -23,3 +25,11 @@ def test_links_lead_to_files_and_commands_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
         for script in re.findall(r"\bscripts/\w+(?:\.txt)?", text):
             assert (ROOT / script).exists(), f"{page.name} names {script}"
+
+
+def test_policies_shown_can_be_used() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "examples").glob("*.py")]
+    shown = [spec for page in pages for spec in re.findall(r"--policy ([\w:=.,-]+)", page.read_text())]
+    assert len(shown) >= 4
+    for spec in shown:
+        parse_policy(spec)
