@@ -95,7 +95,7 @@ def test_sixty_changes_leak_no_object_descriptor_or_thread(run_ranks):
         assert shm == []
         (early, early_fds, early_threads), _, (late, late_fds, late_threads) = counts
         assert late - early < 1500, "Python objects grow with every change"  # the record of changes itself is kept
-        assert late_fds == early_fds
+        assert late_fds <= early_fds
         assert late_threads <= early_threads
 
 
