@@ -190,6 +190,10 @@ def build_agent(
     `leaving` says how many ranks still run where the ranks were asked to save and end, None where they were not.
     """
     parameters = rendezvous_parameters(config.rendezvous)
+    if config.rendezvous.min_nodes != config.rendezvous.max_nodes:
+        # Torch 2.13 tells nodes the address of the ranks' store in the first round only, if the store is the agents' own:
+        # a node that joins later waits for it until the rendezvous times out. With a store of the ranks' own, every round.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     master_addr, master_port = None, None
     if parameters.backend == "static":
         master_addr, master_port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29500)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -47,19 +46,24 @@ def test_nodes_join_leave_and_die(tmp_path):
             wait_until(lambda: number_in(folder / "step") > reached + 12, f"progress with {world} ranks", 60)
 
         launchers = [start(0), start(1)]
-        goes_on(2)
-        launchers.append(start(2))
-        goes_on(3)
-        launchers[1].send_signal(signal.SIGTERM)
-        output, _ = launchers[1].communicate(timeout=60)
-        assert launchers[1].returncode == 143, output
-        goes_on(2)
-        cluster.kill("h2")
-        goes_on(1)
-        begun = time.monotonic()
-        output, _ = launchers[0].communicate(timeout=120)
-        assert launchers[0].returncode == 0, output
-        print(f"\nworlds {worlds()}, the last part took {time.monotonic() - begun:.0f} s")
+        try:
+            goes_on(2)
+            launchers.append(start(2))
+            goes_on(3)
+            launchers[1].send_signal(signal.SIGTERM)
+            output, _ = launchers[1].communicate(timeout=60)
+            assert launchers[1].returncode == 143, output
+            goes_on(2)
+            cluster.kill("h2")
+            goes_on(1)
+            output, _ = launchers[0].communicate(timeout=120)
+            assert launchers[0].returncode == 0, output
+        except BaseException:
+            for launcher in launchers:
+                launcher.kill()
+            print("\n".join(launcher.communicate()[0] for launcher in launchers if not launcher.stdout.closed))
+            raise
+        print(f"\nworlds {worlds()}")
     begins = [start["step"] for start in starts(folder)]
     assert begins == sorted(begins) and begins[-1] > 0
     assert torch.load(folder / "final.pt", weights_only=True)["freezes"][0]["frontier"] == 1

@@ -139,11 +139,11 @@ def test_the_time_limit_is_survived(cluster, uninterrupted):
     where = cluster.folder / "limit"
     where.mkdir()
     batch = cluster.folder / "limit.sh"
-    # Slurm's clock for warnings is coarse: a limit of a minute and a warning 45 s before it come at 0 to 27 s.
-    words = ["--nnodes", "2", "--time", "1", "--warn-s", "45", "--write", str(batch), *FREEZE]
+    # Slurm's clock is coarse: with a limit of a minute a warning 30 s before it comes after 15 to 27 s.
+    words = ["--nnodes", "2", "--time", "1", "--warn-s", "30", "--write", str(batch), *FREEZE]
     cluster.command(sys.executable, "-m", "kgtrun", "slurm-script", *words, JOB, str(where), str(STEPS), "0.9")
     job = cluster.sbatch(str(batch))
-    wait_until(lambda: cluster.show(job)["Restarts"] != "0", "the first requeue", 120)
+    wait_until(lambda: cluster.show(job)["Restarts"] != "0", f"the first requeue: {output(cluster, job)}", 120)
     wait_until(lambda: cluster.show(job)["JobState"] in ("COMPLETED", "FAILED"), "the end", 240)
     assert_same_end(cluster, where, job, uninterrupted, times=len(starts(where)))
 
