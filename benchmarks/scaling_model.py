@@ -1,0 +1,98 @@
+"""Predicts the time of a training step on many nodes from what one node does and how fast the link is. Pure numbers.
+
+A step is forward, backward, optimizer. While the backward runs, gradients become ready parameter by parameter; DDP
+packs them into buckets in that order (1 MiB first, then 25 MiB) and reduces one bucket after the other. A ring
+all_reduce of b bytes over n nodes moves 2 (n-1)/n b bytes out of each node in 2 (n-1) messages (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms", 2009). So
+
+    reduce(b) = 2 (n-1) latency + 2 (n-1)/n b / min(link, node)
+
+where `link` is the link's rate without frame and header bytes and `node` is what the node's own copying allows, measured
+without a limit on the link. The step ends when both the backward and the last reduce have ended, then the optimizer runs:
+
+    step = forward + max(backward, end of the last reduce) + optimizer
+
+Not modelled: noise, congestion between nodes (the switch is taken to be non-blocking), and cores that reducing takes from
+the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
+"""DDP's defaults."""
+
+PAYLOAD_OF_FRAME = 1448 / 1514
+"""TCP payload in an Ethernet frame of 1,514 bytes with timestamps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One node's step without any communication."""
+
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    gradients: tuple[tuple[float, int], ...]
+    """(moment in the backward at which it is ready in seconds, bytes) of each gradient, in order of readiness."""
+
+    @property
+    def step_s(self) -> float:
+        return self.forward_s + self.backward_s + self.optimizer_s
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for _, size in self.gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What connects the nodes."""
+
+    link_bytes_per_s: float
+    """Payload; infinite for a link without a limit."""
+    node_bytes_per_s: float
+    """What a node can push through its own reducing and copying."""
+    latency_s: float
+
+    @classmethod
+    def of_link(cls, bits_per_s: float, *, node_bytes_per_s: float, latency_s: float) -> Network:
+        """A link by its nominal rate."""
+        return cls(
+            link_bytes_per_s=bits_per_s / 8 * PAYLOAD_OF_FRAME, node_bytes_per_s=node_bytes_per_s, latency_s=latency_s
+        )
+
+
+def buckets(gradients: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(moment at which it is full, bytes) of each of DDP's buckets."""
+    found: list[tuple[float, int]] = []
+    moment_s, size, limit = 0.0, 0, FIRST_BUCKET_BYTES
+    for ready_s, num_bytes in gradients:
+        moment_s, size = max(moment_s, ready_s), size + num_bytes
+        if size >= limit:
+            found.append((moment_s, size))
+            size, limit = 0, BUCKET_BYTES
+    return [*found, (moment_s, size)] if size else found
+
+
+def reduce_seconds(num_bytes: int, nodes: int, network: Network) -> float:
+    """One ring all_reduce."""
+    if nodes == 1:
+        return 0.0
+    rate = min(network.link_bytes_per_s, network.node_bytes_per_s)
+    return 2 * (nodes - 1) * network.latency_s + 2 * (nodes - 1) / nodes * num_bytes / rate
+
+
+def step_seconds(profile: Profile, nodes: int, network: Network) -> float:
+    """Predicted time of one step."""
+    end_s = 0.0
+    for ready_s, num_bytes in buckets(profile.gradients):
+        end_s = max(end_s, ready_s) + reduce_seconds(num_bytes, nodes, network)
+    return profile.forward_s + max(profile.backward_s, end_s) + profile.optimizer_s
+
+
+def speedup(plain: Profile, frozen: Profile, nodes: int, network: Network) -> float:
+    """How many times faster a step is with blocks frozen."""
+    return step_seconds(plain, nodes, network) / step_seconds(frozen, nodes, network)

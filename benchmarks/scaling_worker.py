@@ -1,0 +1,187 @@
+"""One host of `benchmarks.scaling`: profiles its steps without communication, then times them with it.
+
+    scaling_worker.py DIRECTORY MODELS STEPS LINKS    under kgtrun, one rank on each host
+
+For each name in LINKS rank 0 makes the file `ready-NAME` and waits for `go-NAME`: meanwhile the links are set. Every rank
+takes part in every phase, so that hosts that share cores disturb each other in the profile as they do in the measurement.
+At the end rank 0 writes `found.json`: profiles by case (model and number of frozen blocks), and by link and case the step
+times and the bytes that the hook counted and the interface sent; and what an all_reduce costs by size.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+KS = (0, 6)
+ALL_REDUCE_BYTES = (4, 8 << 20)
+COUNTERS = Path("/sys/class/net/eth0/statistics/tx_bytes")
+Batch = Callable[[nn.Module], torch.Tensor]
+
+
+def resnet() -> tuple[nn.Module, Batch]:
+    """ResNet-20 of the examples, 32 images of 28x28."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    from resnet import resnet20
+
+    images, labels = torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,))
+    return resnet20(), lambda model: nn.functional.cross_entropy(model(images), labels)
+
+
+def minilm(layers: int = 12) -> tuple[nn.Module, Batch]:
+    """BERT in MiniLM-L12-H384's shape (33.4 million parameters), new weights: times do not depend on them."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536, num_labels=4
+    )
+    tokens, labels = torch.randint(0, config.vocab_size, (4, 32)), torch.randint(0, 4, (4,))
+    return BertForSequenceClassification(config), lambda model: nn.functional.cross_entropy(
+        model(input_ids=tokens).logits, labels
+    )
+
+
+def transformer() -> tuple[nn.Module, Batch]:
+    """A small encoder of 8 layers (6.3 million parameters), for the quick run."""
+    layers = [nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, dropout=0.0) for _ in range(8)]
+    x = torch.randn(4, 32, 256)
+    return nn.Sequential(*layers), lambda model: model(x).square().mean()
+
+
+MODELS = {"resnet": resnet, "minilm": minilm, "transformer": transformer}
+
+
+def freeze_aware(name: str, frozen: int) -> tuple[nn.Module, Batch]:
+    """The model under FreezeAwareDDP with its first `frozen` blocks frozen by the policy."""
+    from kgt_ddp import FreezeAwareDDP
+
+    torch.manual_seed(0)
+    model, loss = MODELS[name]()
+    return FreezeAwareDDP(model, policy=f"static:blocks={frozen}" if frozen else "none"), loss
+
+
+def step(model: nn.Module, loss: Batch, optimizer: torch.optim.Optimizer) -> tuple[float, float, float]:
+    """Moments at which forward, backward and optimizer ended."""
+    optimizer.zero_grad()
+    value = loss(model)
+    forward_s = time.perf_counter()
+    value.backward()
+    backward_s = time.perf_counter()
+    optimizer.step()
+    return forward_s, backward_s, time.perf_counter()
+
+
+def twin(name: str, module: nn.Module) -> nn.Module:
+    """The same network without a wrapper or hooks, frozen and in eval mode where `module` is."""
+    model, _ = MODELS[name]()
+    for ours, theirs in zip(model.modules(), module.modules(), strict=True):
+        ours.training = theirs.training
+    for p, q in zip(model.parameters(), module.parameters(), strict=True):
+        p.requires_grad_(q.requires_grad)
+    return model
+
+
+def profile(model: nn.Module, loss: Batch, steps: int) -> dict[str, Any]:
+    """Steps of a network that is trained alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ready: dict[int, float] = {}
+    for index, parameter in enumerate(parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _, i=index: ready.__setitem__(i, time.perf_counter()))
+    rows: list[tuple[float, float, float, dict[int, float]]] = []
+    for index in range(steps + 1):
+        dist.barrier()
+        begun = time.perf_counter()
+        forward_s, backward_s, end_s = step(model, loss, optimizer)
+        if index:
+            moments = {i: moment - forward_s for i, moment in ready.items()}
+            rows.append((forward_s - begun, backward_s - forward_s, end_s - backward_s, moments))
+    gradients = [
+        (statistics.median(row[3][i] for row in rows), p.numel() * p.element_size())
+        for i, p in enumerate(parameters)
+        if i in rows[0][3]
+    ]
+    names = ("forward_s", "backward_s", "optimizer_s")
+    medians = {name: statistics.median(row[i] for row in rows) for i, name in enumerate(names)}
+    return {**medians, "gradients": sorted(gradients)}
+
+
+def measure(ddp: nn.Module, loss: Batch, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """Steps with communication: their times, the bytes counted by the hook, the bytes that left the host."""
+    seconds = []
+    hook = ddp.freezing.hook
+    counted, sent = sum(hook.reduced_bytes), int(COUNTERS.read_text())
+    for _ in range(steps):
+        begun = time.perf_counter()
+        end_s = step(ddp, loss, optimizer)[2]
+        seconds.append(end_s - begun)
+    dist.barrier()
+    return {
+        "step_s": seconds,
+        "hook_bytes": sum(hook.reduced_bytes) - counted,
+        "wire_bytes": int(COUNTERS.read_text()) - sent,
+    }
+
+
+def all_reduce_seconds(num_bytes: int, repeats: int) -> float:
+    tensor, seconds = torch.ones(num_bytes // 4), []
+    for _ in range(repeats + 1):
+        dist.barrier()
+        begun = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+class Case:
+    """One model with some blocks frozen, ready to be measured again and again."""
+
+    def __init__(self, name: str, frozen: int) -> None:
+        self.name, self.key = name, f"{name} {frozen}"
+        self.ddp, self.loss = freeze_aware(name, frozen)
+        self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3, momentum=0.9)
+        for _ in range(6):  # learns the order of blocks, rebuilds buckets, freezes
+            step(self.ddp, self.loss, self.optimizer)
+        frontier = self.ddp.freezing.frontier
+        assert frontier == frozen, f"{frontier} blocks are frozen, not {frozen}"
+
+
+def wait_for(path: Path, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path.name} did not come")
+        time.sleep(0.02)
+
+
+def main() -> None:
+    directory, models, steps = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = [Case(name, frozen) for name in models for frozen in KS]
+    profiles = {case.key: profile(twin(case.name, case.ddp.module), case.loss, steps) for case in cases}
+    links: dict[str, Any] = {}
+    for link in sys.argv[4].split(","):
+        if dist.get_rank() == 0:
+            (directory / f"ready-{link}").touch()
+            wait_for(directory / f"go-{link}")
+        dist.barrier()
+        links[link] = {"all_reduce_s": {size: all_reduce_seconds(size, 5) for size in ALL_REDUCE_BYTES}}
+        for case in cases:
+            links[link][case.key] = measure(case.ddp, case.loss, case.optimizer, steps)
+    if dist.get_rank() == 0:
+        (directory / "found.json").write_text(json.dumps({"profiles": profiles, "links": links}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.scaling_model import Network, Profile, buckets, reduce_seconds, speedup, step_seconds
+
+MIB = 1 << 20
+SLOW = Network(link_bytes_per_s=100 * MIB, node_bytes_per_s=math.inf, latency_s=0.0)
+
+
+def profile(*gradients, backward_s=1.0):
+    return Profile(forward_s=0.5, backward_s=backward_s, optimizer_s=0.25, gradients=gradients)
+
+
+def test_buckets_fill_in_order_of_readiness():
+    assert buckets([(0.1, MIB // 2), (0.2, MIB // 2), (0.3, 20 * MIB), (0.4, 10 * MIB), (0.5, 5)]) == [
+        (0.2, MIB),
+        (0.4, 30 * MIB),
+        (0.5, 5),
+    ]
+    assert buckets([]) == []
+
+
+def test_a_ring_moves_every_byte_once_between_two_and_nearly_twice_between_many():
+    assert reduce_seconds(100 * MIB, 1, SLOW) == 0
+    assert reduce_seconds(100 * MIB, 2, SLOW) == pytest.approx(1.0)
+    assert reduce_seconds(100 * MIB, 64, SLOW) == pytest.approx(2 * 63 / 64)
+    far = Network(link_bytes_per_s=math.inf, node_bytes_per_s=50 * MIB, latency_s=0.01)
+    assert reduce_seconds(50 * MIB, 3, far) == pytest.approx(4 * 0.01 + 4 / 3)
+
+
+def test_reducing_hides_behind_the_backward_and_shows_when_it_is_longer():
+    assert step_seconds(profile((0.1, 10 * MIB)), 2, SLOW) == pytest.approx(1.75)
+    assert step_seconds(profile((1.0, 10 * MIB)), 2, SLOW) == pytest.approx(1.85)
+    # Two buckets, one after the other on the link.
+    assert step_seconds(profile((0.5, 100 * MIB), (1.0, 100 * MIB)), 2, SLOW) == pytest.approx(0.5 + 2.5 + 0.25)
+
+
+def test_what_freezing_saves_goes_from_compute_to_bytes_as_the_link_gets_slower():
+    plain = profile((0.5, 50 * MIB), (1.0, 50 * MIB))
+    frozen = profile((0.5, 50 * MIB), backward_s=0.5)
+    gains = [
+        speedup(plain, frozen, 2, Network.of_link(rate, node_bytes_per_s=math.inf, latency_s=0))
+        for rate in (1e12, 1e9, 2e8)
+    ]
+    assert gains[0] == pytest.approx(1.75 / 1.25, rel=1e-3)
+    assert gains[0] < gains[-1] < 2
