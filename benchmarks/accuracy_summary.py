@@ -58,7 +58,7 @@ def course(record: Record) -> Course:
         seconds.append(wall_s - validation_s)
         cpu.append(cpu_s)
         with_validation.append(wall_s)
-    quality = [100 * epoch["accuracy"] for epoch in epochs]
+    quality = [_percent(epoch["accuracy"]) for epoch in epochs]
     return Course(seconds=seconds, cpu_s=cpu, seconds_with_validation=with_validation, quality=quality)
 
 
@@ -97,8 +97,8 @@ def compare(record: Record, plain: Record) -> dict[str, Any]:
         "policy": record["policy"],
         "seed": record["seed"],
         "target": target,
-        "final_quality": 100 * record["result"]["accuracy"],
-        "plain_quality": 100 * plain["result"]["accuracy"],
+        "final_quality": _percent(record["result"]["accuracy"]),
+        "plain_quality": _percent(plain["result"]["accuracy"]),
         "seconds_to_target": time_to(target, mine.seconds, mine.quality),
         "time_to_target_ratio": ratio("seconds"),
         "time_to_target_ratio_with_validation": ratio("seconds_with_validation"),
@@ -148,3 +148,8 @@ def summary(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any
             "overhead_fraction": statistics.median(run["overhead_fraction"] for run in seeds),
         }
     return table
+
+
+def _percent(share: float) -> float:
+    """To a thousandth of a point: a hundredth is one image of 10,000."""
+    return round(100 * share, 3)

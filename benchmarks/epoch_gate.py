@@ -7,7 +7,8 @@ script has ended, this rank says over a socket where it is, and waits for a line
 place then, no collective is under way between them, and the job can be stopped for any time without a timeout. The
 script needs no change; what it measures with a clock of its own includes the waiting.
 
-The socket's path comes in `EPOCH_GATE`; without the variable the script runs as ever. `benchmarks.turns` is the other end.
+The socket's name, one of Linux without a file, comes in `EPOCH_GATE`; without the variable the script runs as ever.
+`benchmarks.turns` is the other end.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ END = "end"
 class Gate:
     """This rank's line to whoever gives the turns."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(path)
+        self._socket.connect(f"\0{name}")
         self._last: int | str | None = None
 
     def wait(self, place: int | str) -> None:
@@ -65,10 +66,10 @@ def gate_samplers(gate: Gate) -> None:
 
 
 def main() -> None:
-    path = os.environ.pop(ADDRESS, None)
+    name = os.environ.pop(ADDRESS, None)
     script, sys.argv[:] = sys.argv[1], sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does for a script; ours must not be found
-    gate = Gate(path) if path else None
+    gate = Gate(name) if name else None
     if gate:
         gate_samplers(gate)
     runpy.run_path(script, run_name="__main__")

@@ -17,11 +17,10 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import socket
 import subprocess
-import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +78,9 @@ class Job:
         self._place = START
         self._reference_cpu_s: dict[tuple[int, str], float] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="kgtrun-turns-"))
-        self._gate = _Gate(self._folder / "gate")
+        self._answer = log.with_suffix(".cost")
+        self._answer.unlink(missing_ok=True)  # of an attempt that was cut off
+        self._gate = _Gate()
 
     def turn(self) -> Turn:
         """Run to the next epoch, or to the end; the job is stopped, or over, when this returns.
@@ -117,12 +117,12 @@ class Job:
         return turn
 
     def close(self) -> None:
-        """Kill what is left of the job and remove its socket. A second call does nothing."""
+        """Kill what is left of the job and close its socket. A second call does nothing."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()  # the process in between kills the rest, then itself
             self._process.wait(60)
         self._gate.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._answer.unlink(missing_ok=True)
 
     def __enter__(self) -> Job:
         return self
@@ -131,16 +131,16 @@ class Job:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        env = {**self._env, ADDRESS: str(self._gate.path)}
+        env = {**self._env, ADDRESS: self._gate.name}
         with self._log.open("wb") as output:
             return process_cost.begin(
-                self._command, self._folder / "cost.json", timeout_s=_EVER_S, env=env, cwd=self._cwd, output=output
+                self._command, self._answer, timeout_s=_EVER_S, env=env, cwd=self._cwd, output=output
             )
 
     def _final_cost(self) -> float:
         """CPU seconds of the whole job, as the kernel hands them out at its end."""
         try:
-            cost = process_cost.result(self._command, self._folder / "cost.json")
+            cost = process_cost.result(self._command, self._answer)
         except (RuntimeError, FileNotFoundError) as error:
             raise self._failure(str(error)) from error
         if cost.exit_code:
@@ -171,10 +171,10 @@ class Job:
 class _Gate:
     """The benchmark's end of the socket at which the ranks of one job wait."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self.name = f"kgtrun-turns-{uuid.uuid4()}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        self._listener.bind(f"\0{self.name}")  # a name without a file: a benchmark that is killed leaves nothing
         self._listener.listen()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
