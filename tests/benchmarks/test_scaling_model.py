@@ -38,6 +38,12 @@ def test_reducing_hides_behind_the_backward_and_shows_when_it_is_longer():
     assert step_seconds(profile((0.5, 100 * MIB), (1.0, 100 * MIB)), 2, SLOW) == pytest.approx(0.5 + 2.5 + 0.25)
 
 
+def test_adding_and_copying_delays_the_backward():
+    busy = Network(link_bytes_per_s=math.inf, node_bytes_per_s=100 * MIB, latency_s=0.0)
+    assert step_seconds(profile((0.1, 50 * MIB)), 2, busy) == pytest.approx(0.5 + 1.5 + 0.25)
+    assert step_seconds(profile((0.5, 50 * MIB), (1.0, 50 * MIB)), 2, busy) == pytest.approx(0.5 + 2.0 + 0.25)
+
+
 def test_what_freezing_saves_goes_from_compute_to_bytes_as_the_link_gets_slower():
     plain = profile((0.5, 50 * MIB), (1.0, 50 * MIB))
     frozen = profile((0.5, 50 * MIB), backward_s=0.5)
