@@ -61,6 +61,8 @@ class Leaving:
             return outcome
         if peers is not None:
             peers.ended(wait_s=grace_s)  # whoever is still saving would be killed by the requeue
+        if self.batch.leader:
+            logger.info("asking Slurm to requeue job %s", self.batch.job)  # before: it may end us before we return
         try:
             words = requeue.requeue(self.batch, linger_s=grace_s)
         except OSError as error:

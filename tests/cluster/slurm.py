@@ -56,8 +56,16 @@ class Slurm(Hosts):
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "-o", "show", "job", job)))
 
     def wait_for_state(self, job: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
-        wait_until(lambda: self.show(job)["JobState"] in states, f"job {job} to be {states}", timeout_s)
+        try:
+            wait_until(lambda: self.show(job)["JobState"] in states, f"job {job} to be {states}", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.show(job)}\n{self.output(job)}") from None
         return self.show(job)
+
+    def output(self, job: str) -> str:
+        """What the job has printed so far, over all its starts."""
+        path = self.folder / f"slurm-{job}.out"
+        return path.read_text() if path.exists() else "no output"
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 60) -> None:
