@@ -54,7 +54,7 @@ def begin(cluster, name: str, *options: str, script: str = TASK_PER_NODE, step_s
 
 def assert_same_end(cluster, where, job, uninterrupted, *, times: int = 2):
     """The job started `times` times, and ended with the weights and the freezes of one that was never stopped."""
-    # A requeued job starts again when Slurm's own clocks allow: once in 14 it had not ended 90 s later.
+    # Once in 14 runs a requeued job had not ended after 90 s; why is not known, and what is printed now would tell.
     state = cluster.wait_for_state(job, "COMPLETED", "FAILED", timeout_s=240)
     text = cluster.output(job)
     assert state["JobState"] == "COMPLETED", text
