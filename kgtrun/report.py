@@ -15,6 +15,9 @@ from kgtrun.contract.run_dir import RunDir
 
 Event = dict[str, Any]
 
+TROUBLES = ("rank_failure", "hang", "reference_exit", "reference_error", "reference_refused")
+"""Kinds of events that tell of something that went wrong, as the launcher and the references write them."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the report of one run directory.
@@ -126,7 +129,7 @@ def _costs(events: list[Event]) -> str:
 def _troubles(events: list[Event]) -> str:
     counts: dict[str, int] = {}
     for event in events:
-        if event["kind"] in ("sidecar_restart", "sidecar_gave_up", "reference_error", "reference_refused", "hang"):
+        if event["kind"] in TROUBLES:
             counts[event["kind"]] = counts.get(event["kind"], 0) + 1
     if not counts:
         return ""

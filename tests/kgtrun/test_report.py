@@ -76,3 +76,22 @@ def test_the_command_prints_the_report(tmp_path, capsys):
     recorded(tmp_path)
     assert main([str(tmp_path)]) == 0
     assert "Frozen front blocks" in capsys.readouterr().out
+
+
+def test_what_went_wrong_is_counted_under_the_names_the_launcher_writes(tmp_path):
+    recorded(tmp_path)
+    writer = EventWriter.for_process(tmp_path, role="launcher", index=0)
+    for given_up in (False, True):
+        writer.write("reference_exit", reference=0, returncode=-9, given_up=given_up)
+    writer.close()
+    assert "Noticed: reference exit 2 times" in report(tmp_path)
+
+
+def test_every_kind_of_trouble_is_one_that_some_process_writes():
+    from pathlib import Path
+
+    from kgtrun.report import TROUBLES
+
+    root = Path(__file__).resolve().parents[2]
+    sources = "".join(p.read_text() for room in ("launcher", "kgt_ddp/reference") for p in (root / room).glob("*.py"))
+    assert [kind for kind in TROUBLES if f'"{kind}"' not in sources] == []
