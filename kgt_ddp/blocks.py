@@ -45,11 +45,6 @@ class Block:
     def num_parameters(self) -> int:
         return sum(p.numel() for _, p in self.parameters)
 
-    @property
-    def trainable_bytes(self) -> int:
-        """Bytes of gradient it adds to a step while it is active."""
-        return sum(p.numel() * p.element_size() for _, p in self.parameters if p.requires_grad)
-
 
 class Blocks:
     """The partition of one model; see the module docstring.
@@ -65,7 +60,6 @@ class Blocks:
     def __init__(self, model: nn.Module, chosen: Sequence[str | nn.Module] | None = None) -> None:
         self._model = model
         self._units = chosen_units(model, chosen) if chosen is not None else find_units(model)
-        self._keeps_order = chosen is not None
         self._user_frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._was_training: dict[nn.Module, bool] = {}
         self.frontier = 0

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from kgt_ddp import optimizer_hooks, torch_private
 from kgt_ddp.activation_cache.cache import ActivationCache
-from kgt_ddp.agreement import Agreement, control_group
+from kgt_ddp.agreement import LAG, Agreement, control_group
 from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
@@ -35,7 +35,7 @@ from kgt_ddp.decider import Decider
 from kgt_ddp.execution_order import ExecutionOrder, watch
 from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
-from kgt_ddp.policies.policy import Policy
+from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.signals import Signals
@@ -98,7 +98,7 @@ class Freezing:
         self._freezer = PrefixFreezer(self.blocks, self.hook)
         self.guard = self._freezer.guard
         self._edge = self._freezer.edge
-        self._decider = Decider(policy, total_steps=total_steps, events=events)
+        self._decider = Decider(policy, events)
         self._saved = SavedTime()
         self._signals: Signals | None = None
         self._profile: BackwardProfile | None = None
@@ -330,8 +330,12 @@ class Freezing:
             self._apply(mask)
 
     def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
-        return self._decider.decide(
-            step=self.clock.step,
+        """Rank 0, one boundary after the collection of `signals`, one before the mask is applied."""
+        step = self.clock.step
+        observation = Observation(
+            step=step,
+            apply_step=step + LAG - 1,
+            total_steps=self._total_steps,
             num_blocks=len(self.blocks),
             frontier=self.mask.frontier,
             learning_rate=self._learning_rate(),
@@ -341,6 +345,7 @@ class Freezing:
             apply_seconds=self._apply_s,
             signals=signals,
         )
+        return self._decider.decide(observation)
 
     def _learning_rate(self) -> float | None:
         for optimizer in self._optimizers:

@@ -21,7 +21,6 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.nn.parallel.DistributedDataParallel._build_debug_param_to_name_mapping": "re-bucketing: names in errors",
     "torch.nn.parallel.DistributedDataParallel._ddp_init_helper": "re-bucketing: a new reducer in the same wrapper",
     "torch.nn.parallel.DistributedDataParallel._set_static_graph": "re-bucketing under static_graph=True",
-    "torch.nn.parallel.DistributedDataParallel._assign_modules_buffers": "buffers still broadcast, after a mask",
     "torch.distributed._register_comm_hook": "the new reducer gets the comm hook that the wrapper already has",
     "torch.distributed._broadcast_coalesced": "DDP's own way to make buffers equal",
     "torch.distributed.distributed_c10d._get_default_timeout": "bound of control waits where a group does not tell",
@@ -86,11 +85,6 @@ def rebuild_buckets_if_due(ddp: DistributedDataParallel) -> None:
 def ignored_by_ddp(ddp: DistributedDataParallel) -> set[str]:
     """The live set of parameter and buffer names that DDP neither reduces nor broadcasts."""
     return ddp.parameters_to_ignore
-
-
-def assign_buffers(ddp: DistributedDataParallel) -> None:
-    """Recompute which buffers DDP broadcasts."""
-    ddp._assign_modules_buffers()
 
 
 def broadcast(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor], buffer_bytes: int) -> None:

@@ -68,7 +68,3 @@ class RuntimeDir:
 
     def error(self, local_rank: int, attempt: int) -> Path:
         return self.root / f"error{attempt}.{local_rank}"
-
-    def size_bytes(self) -> int:
-        """What the files in it take."""
-        return sum(os.path.getsize(p) for p in self.root.rglob("*") if p.is_file())

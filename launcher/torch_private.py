@@ -18,11 +18,6 @@ NAMES: dict[str, str] = {
 """Name → what it is used for."""
 
 
-def worker_processes(context) -> dict[int, object]:
-    """Popen of each local rank. `PContext.pids()` is public, but exit codes in order need the process objects."""
-    return {local_rank: handler.proc for local_rank, handler in context.subprocess_handlers.items()}
-
-
 def worker_context(agent):
     """The agent's process context, None before the first start: there is no public accessor."""
     return agent._pcontext

@@ -105,6 +105,16 @@ class EncoderDecoder(nn.Module):
         return self.output(self.transformer(self.source(source), self.target(target)))
 
 
+def small_bert(layers: int = 4) -> nn.Module:
+    """Hugging Face's BERT with a classifier, random weights. Call: input_ids, attention_mask, labels."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=16, vocab_size=30
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
 def backward_modules(model: nn.Module, loss: torch.Tensor) -> set[str]:
     """Names of parameters that the graph behind `loss` accumulates gradients into."""
     names = {id(p): n for n, p in model.named_parameters()}

@@ -15,18 +15,10 @@ from tests.kgt_ddp.networks import (
     TiedLanguageModel,
     backward_modules,
     graph_size,
+    small_bert,
 )
 
 pytestmark = pytest.mark.integration
-
-
-def bert():
-    import transformers
-
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=30
-    )
-    return transformers.BertForSequenceClassification(config)
 
 
 def t5():
@@ -42,7 +34,7 @@ IDS = torch.arange(10).reshape(2, 5) % 7 + 1
 CASES = {
     "resnet": (SmallResNet, ((torch.randn(4, 1, 8, 8),), {}), lambda out: out.square().mean()),
     "vit": (SmallViT, ((torch.randn(4, 1, 8, 8),), {}), lambda out: out.square().mean()),
-    "bert": (bert, ((), {"input_ids": IDS, "labels": torch.tensor([0, 1])}), lambda out: out.loss),
+    "bert": (small_bert, ((), {"input_ids": IDS, "labels": torch.tensor([0, 1])}), lambda out: out.loss),
     "encoder_decoder": (EncoderDecoder, ((IDS, IDS), {}), lambda out: out.square().mean()),
     "t5": (t5, ((), {"input_ids": IDS, "labels": IDS}), lambda out: out.loss),
     "tied": (TiedLanguageModel, ((IDS,), {}), lambda out: out.square().mean()),

@@ -8,7 +8,15 @@ from kgt_ddp.blocks import Blocks
 from kgt_ddp.errors import BlockError
 from kgt_ddp.execution_order import watch
 from kgt_ddp.partition import chosen_units, find_units
-from tests.kgt_ddp.networks import EncoderDecoder, Layer, Residual, SmallResNet, SmallViT, TiedLanguageModel
+from tests.kgt_ddp.networks import (
+    EncoderDecoder,
+    Layer,
+    Residual,
+    SmallResNet,
+    SmallViT,
+    TiedLanguageModel,
+    small_bert,
+)
 
 
 def units(model):
@@ -77,11 +85,8 @@ def test_a_network_without_containers_is_cut_into_its_children():
 
 
 def test_hugging_face_bert_is_cut_into_its_layers():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=16, vocab_size=30
-    )
-    model = transformers.BertForSequenceClassification(config)
+    pytest.importorskip("transformers")
+    model = small_bert(layers=5)
     blocks = ordered(model, input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 4))
     assert len(blocks) == 6
     assert any("embeddings" in n for n in parameters_of(blocks[0]))

@@ -10,7 +10,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.kgt_ddp.activation_cache.jobs import both, equal, farthest, job
-from tests.kgt_ddp.networks import EncoderDecoder, Layer, Residual, SmallResNet, SmallViT, TiedLanguageModel
+from tests.kgt_ddp.networks import (
+    EncoderDecoder,
+    Layer,
+    Residual,
+    SmallResNet,
+    SmallViT,
+    TiedLanguageModel,
+    small_bert,
+)
 
 
 def images(batches=4, size=4):
@@ -37,15 +45,6 @@ def texts(order, size=4):
     return batches
 
 
-def bert():
-    import transformers
-
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=30
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
 def t5_encoder():
     """Its blocks return tuples: hidden states, and a bias that belongs to no sample."""
     import transformers
@@ -69,7 +68,7 @@ def t5_encoder():
 CASES = {
     "resnet": (SmallResNet, images(), (1, 2, 3, 4)),
     "vit": (SmallViT, images(), (1, 3)),
-    "bert": (bert, texts(range(16)), (1, 3)),
+    "bert": (small_bert, texts(range(16)), (1, 3)),
     "encoder_decoder": (EncoderDecoder, pairs(), (1, 2)),
     "t5_encoder": (t5_encoder, [((source,), {}) for (source, _), _ in pairs()], (1, 2)),
     "vit_checkpoint": (lambda: SmallViT(checkpointing="yes"), images(), (2,)),
@@ -89,8 +88,8 @@ def test_texts_hit_whatever_they_are_padded_to(tmp_path):
     """Shuffled, so that each text is padded to another length in each epoch. Padding alone changes bits (6e-7 here)."""
     orders = [torch.randperm(16, generator=torch.Generator().manual_seed(e)).tolist() for e in range(5)]
     with (
-        job(bert, texts(orders[0])[0], 2, tmp_path) as cached,
-        job(bert, texts(orders[0])[0], 2, tmp_path, mode="off") as off,
+        job(small_bert, texts(orders[0])[0], 2, tmp_path) as cached,
+        job(small_bert, texts(orders[0])[0], 2, tmp_path, mode="off") as off,
     ):
         for order in orders[:2]:
             cached.epochs(texts(order), 1)
