@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kgt_ddp import torch_private
+from kgt_ddp import gloo_exit, torch_private
 from kgt_ddp.errors import AgreementError, MaskMismatchError
 from kgt_ddp.mask import Mask
 
@@ -87,6 +87,7 @@ class Agreement:
         """Finished Works, kept for the reason given in `comm_hook`."""
         self._sums: tuple[torch.Tensor, dist.Work | None] | None = None
         self._mask: tuple[torch.Tensor, dist.Work | None] | None = None
+        gloo_exit.expect(self)
 
     @property
     def interval(self) -> int:
@@ -97,11 +98,14 @@ class Agreement:
         idle = self._sums is None and self._mask is None
         return bool(self._signals) and idle and step >= self._next_step
 
+    def under_way(self) -> list[dist.Work]:
+        """Collectives that nobody has waited for."""
+        return [pending[1] for pending in (self._sums, self._mask) if pending is not None and pending[1] is not None]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the protocol stands. What is under way is waited for: every rank has issued it already."""
-        for pending in (self._sums, self._mask):
-            if pending is not None and pending[1] is not None:
-                self._bounded("an exchange under way", pending[1].wait)
+        for work in self.under_way():
+            self._bounded("an exchange under way", work.wait)
         return {
             "next_step": self._next_step,
             "sums": self._sums[0].tolist() if self._sums else None,

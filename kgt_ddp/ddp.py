@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from kgt_ddp import torch_private
+from kgt_ddp import gloo_exit, torch_private
 from kgt_ddp.agreement import LAG
 from kgt_ddp.comm_hook import freeze_hook
 from kgt_ddp.errors import FreezingUnsupportedError, KgtError, PolicyError
@@ -65,6 +65,7 @@ class FreezeAwareDDP(DistributedDataParallel):
         **kwargs: Any,
     ) -> None:
         super().__init__(module, *args, **kwargs)
+        gloo_exit.expect()
         self.freezing = self._begin(blocks, policy, total_steps, interval)
         if isinstance(self.freezing, Freezing):
             super().register_comm_hook(self.freezing.hook, freeze_hook)

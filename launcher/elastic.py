@@ -115,12 +115,13 @@ class RankAgent(LocalElasticAgent):
         failed: Callable[[], bool],
         follower: Follower,
         peers_failed: Callable[[], bool],
+        await_peers: Callable[[float], object],
         leaving: Callable[[], int | None],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._stop, self._started, self._failed, self._follower = stop, started, failed, follower
-        self._peers_failed, self._leaving = peers_failed, leaving
+        self._peers_failed, self._await_peers, self._leaving = peers_failed, await_peers, leaving
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
@@ -146,6 +147,10 @@ class RankAgent(LocalElasticAgent):
             self._shutdown(signal.SIGTERM)
             return RunResult(state=WorkerState.FAILED)
         return super()._monitor_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        # Torch's own waits its 300 s for a node whose ranks have failed meanwhile, and then calls that a success.
+        self._await_peers(self._exit_barrier_timeout)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         # `timeout` is torch's default on half of the paths; ours is the user's, on all of them.
@@ -183,10 +188,12 @@ def build_agent(
     failed: Callable[[], bool],
     follower: Follower,
     peers_failed: Callable[[], bool] = lambda: False,
+    await_peers: Callable[[float], object] = lambda _: None,
     leaving: Callable[[], int | None] = lambda: None,
 ) -> RankAgent:
     """Assemble the agent of one launch; nothing is started.
 
+    `await_peers` waits, at most for the seconds it is given, until the ranks of all other nodes have ended, too.
     `leaving` says how many ranks still run where the ranks were asked to save and end, None where they were not.
     """
     parameters = rendezvous_parameters(config.rendezvous)
@@ -223,6 +230,7 @@ def build_agent(
         failed=failed,
         follower=follower,
         peers_failed=peers_failed,
+        await_peers=await_peers,
         leaving=leaving,
     )
 

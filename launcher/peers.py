@@ -102,14 +102,25 @@ class Peers:
         self._wait_for("failure", self._others, _LINGER_S)
 
     def ended(self, *, wait_s: float) -> None:
-        """Say that no rank is left here, and wait until all others have said so, at most `wait_s`."""
+        """Say that no rank is left here, and wait until all others have said so, at most `wait_s`, or one has failed.
+
+        `others_failed` is the answer.
+        """
         if not self._others or self._unreachable:
             return
         try:
             self._store.set(f"kgtrun/ended/{self._node}", "1")
         except Exception:  # as above
             return
-        self._wait_for("ended", self._others, wait_s)
+        self._wait_for("ended", self._others, wait_s, unless=lambda: self.saw_failure)
+
+    @property
+    def others_failed(self) -> bool:
+        """Whether the ranks of another node failed, or it fell silent, for one whose own ranks have all succeeded.
+
+        A store that is gone by then is no sign of that: its host leaves as soon as all have ended.
+        """
+        return self.saw_failure or (self.lost is not None and not self._unreachable)
 
     def earliest(self) -> Failure | None:
         """The earliest failure that other nodes have published."""
@@ -164,10 +175,12 @@ class Peers:
                 "host, its launcher or the network between has gone"
             )
 
-    def _wait_for(self, what: str, nodes: Iterable[int], wait_s: float) -> None:
+    def _wait_for(
+        self, what: str, nodes: Iterable[int], wait_s: float, unless: Callable[[], bool] = lambda: False
+    ) -> None:
         missing, deadline = set(nodes), time.monotonic() + wait_s
         try:
-            while missing and time.monotonic() < deadline and not self._unreachable and self.lost is None:
+            while missing and time.monotonic() < deadline and not (self._unreachable or self.lost or unless()):
                 missing -= {node for node in missing if self._store.check([f"kgtrun/{what}/{node}"])}
                 time.sleep(_POLL_S)
         except Exception:  # gone: nobody there to wait for

@@ -141,6 +141,7 @@ class Supervisor:
             failed=lambda: self.attempt is not None and self.attempt.failed(),
             follower=self.follower,
             peers_failed=self._peers_failed,
+            await_peers=self._await_peers,
             leaving=lambda: self.leaving.running(self.attempt),
         )
         self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
@@ -152,6 +153,8 @@ class Supervisor:
             message = f"stopped: a rank made no progress for {self.config.hang_timeout_s:g} s"
             return self._outcome(FAILED, HUNG_EXIT_CODE, failures=self.attempt.failures, message=message)
         if result is None or not result.is_failed():
+            if self.peers is not None and self.peers.others_failed:
+                return self._failed_outcome("the worker group failed on another node")
             return self._outcome(SUCCEEDED, 0)
         return self._failed_outcome("the worker group failed")
 
@@ -227,6 +230,10 @@ class Supervisor:
             if self.config.rendezvous.backend == "static":
                 self._forbid_restarts()  # its ranks have fixed places: nobody can take that of the lost node
         return True
+
+    def _await_peers(self, wait_s: float) -> None:
+        if self.peers is not None:
+            self.peers.ended(wait_s=wait_s)
 
     def _forbid_restarts(self) -> None:
         from launcher import elastic

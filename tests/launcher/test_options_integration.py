@@ -43,7 +43,10 @@ def test_a_signal_named_to_be_handled_ends_the_run(runs):
 
 
 def test_virtual_local_rank(runs):
-    script = runs.script("import os; print(os.environ['LOCAL_RANK'], os.environ['CUDA_VISIBLE_DEVICES'])")
+    # In one write: print has several where output is unbuffered, and both ranks write to the same pipe.
+    script = runs.script(
+        'import os; os.write(1, f\'{os.environ["LOCAL_RANK"]} {os.environ["CUDA_VISIBLE_DEVICES"]}\\n\'.encode())'
+    )
     done = runs.run("--tee", "0", "--nproc-per-node", "2", "--virtual-local-rank", script, CUDA_VISIBLE_DEVICES="4,6")
     assert sorted(done.out.splitlines()) == ["0 4", "0 6"], done.err
 
@@ -72,6 +75,19 @@ def test_a_failing_rank_ends_the_other_node_too_and_both_name_it(runs):
     assert [node.code for node in found] == [9, 9], found
     assert all("First failure: rank 1" in node.err for node in found)
     assert time.monotonic() - begun < 55  # the sleeping rank would take 60
+
+
+def test_a_node_that_is_done_does_not_wait_for_one_that_has_failed(runs):
+    """Torch's exit barrier would hold it for 300 s, and it would then say that all went well."""
+    port = free_port()
+    script = runs.script("import os, sys, time\nif os.environ['RANK'] == '1':\n    time.sleep(4)\n    sys.exit(9)\n")
+    args = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+    begun = time.monotonic()
+    nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script) for _ in range(2)]
+    found = [runs.finish(node, 120) for node in nodes]
+    assert [node.code for node in found] == [9, 9], found
+    assert all("First failure: rank 1" in node.err for node in found)
+    assert time.monotonic() - begun < 60
 
 
 def test_a_usage_error_is_two_and_names_the_nearest(runs):

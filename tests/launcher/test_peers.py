@@ -111,3 +111,18 @@ def test_the_end_is_waited_for_with_a_bound(meet):
     assert time.monotonic() - begun >= 0.2
     nodes[1].ended(wait_s=30)
     assert time.monotonic() - begun < 20
+
+
+def test_the_end_is_not_waited_for_when_another_node_has_failed(meet):
+    nodes = meet(2)
+    begun = time.monotonic()
+    nodes[1].publish(FIRST, 7.0)
+    nodes[0].ended(wait_s=60)
+    assert time.monotonic() - begun < 20 and nodes[0].others_failed
+
+
+def test_a_store_that_left_after_the_end_is_no_failure(meet):
+    (node, *_) = meet(2, Gone())
+    assert soon(node.failed)
+    node.ended(wait_s=60)
+    assert not node.others_failed
