@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -432,6 +433,7 @@ def test_memory_of_both_sides_is_flat_over_200_snapshots(shared_reference, tools
 
 
 def test_the_client_leaves_nothing_behind(shared_reference, tools):
+    gc.collect()  # what other tests left for the collector is not ours to count
     fds = set(os.listdir("/proc/self/fd"))
     server = shared_reference.descriptors()
     for _ in range(5):
@@ -440,8 +442,8 @@ def test_the_client_leaves_nothing_behind(shared_reference, tools):
         client.close()
         client.close()
         del client
-    assert set(os.listdir("/proc/self/fd")) == fds
-    tools.until(lambda: shared_reference.descriptors() == server, 10)
+    assert set(os.listdir("/proc/self/fd")) <= fds
+    tools.until(lambda: shared_reference.descriptors() <= server, 30)
 
 
 TRAINER = """
