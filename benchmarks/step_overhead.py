@@ -49,8 +49,8 @@ def network() -> nn.Module:
 class Job:
     """One training job that can be run a few steps at a time."""
 
-    def __init__(self, ddp: nn.Module, batch: int, rank: int) -> None:
-        self.ddp = ddp
+    def __init__(self, ddp: DistributedDataParallel, batch: int, rank: int) -> None:
+        self.ddp: Any = ddp
         self.optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         g = torch.Generator().manual_seed(rank)
         self.images = torch.randn(batch, 1, 28, 28, generator=g)
