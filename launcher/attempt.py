@@ -62,7 +62,7 @@ class Attempt:
         return not self._ended and (self._watch.failed.is_set() or self.hung.is_set())
 
     def running(self) -> list[int]:
-        """Pids of ranks that have not ended."""
+        """Pids of ranks that have not ended, as far as has been noted."""
         return [] if self._ended else self._watch.running()
 
     def codes(self) -> list[int]:

@@ -113,6 +113,7 @@ class RankAgent(LocalElasticAgent):
         stop: Callable[[signal.Signals], object],
         started: Callable[[int, dict[int, int], WorkerGroup], object],
         failed: Callable[[], bool],
+        all_ended: Callable[[], bool],
         follower: Follower,
         peers_failed: Callable[[], bool],
         await_peers: Callable[[float], object],
@@ -122,11 +123,13 @@ class RankAgent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         self._stop, self._started, self._failed, self._follower = stop, started, failed, follower
         self._peers_failed, self._await_peers, self._leaving = peers_failed, await_peers, leaving
+        self._all_ended = all_ended
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
         attempt = worker_group.spec.max_restarts - torch_private.restarts_left(self)
         self._started(attempt, pids, worker_group)
+        torch_private.hold_polls(torch_private.worker_context(self), self._all_ended)
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -187,12 +190,14 @@ def build_agent(
     started: Callable[[int, dict[int, int], WorkerGroup], object],
     failed: Callable[[], bool],
     follower: Follower,
+    all_ended: Callable[[], bool] = lambda: True,
     peers_failed: Callable[[], bool] = lambda: False,
     await_peers: Callable[[float], object] = lambda _: None,
     leaving: Callable[[], int | None] = lambda: None,
 ) -> RankAgent:
     """Assemble the agent of one launch; nothing is started.
 
+    `failed` says that the ranks are to be ended, `all_ended` that none runs and how each ended is known.
     `await_peers` waits, at most for the seconds it is given, until the ranks of all other nodes have ended, too.
     `leaving` says how many ranks still run where the ranks were asked to save and end, None where they were not.
     """
@@ -228,6 +233,7 @@ def build_agent(
         stop=stop,
         started=started,
         failed=failed,
+        all_ended=all_ended,
         follower=follower,
         peers_failed=peers_failed,
         await_peers=await_peers,

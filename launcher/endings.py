@@ -2,6 +2,7 @@
 
 A thread waits on the pidfd of each rank and notes the moment it becomes readable, so that the first failure is known by
 order and not by timestamps of whole seconds. Exit codes are looked at without reaping: the process objects keep theirs.
+Whoever owns these must not reap a process before it is noted here (`running` says so), or its code is lost to us.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class EndingWatch:
         self.endings: list[Ending] = []
         self.failed = threading.Event()
         self._fds: dict[int, tuple[int, int]] = {}
+        self._noted: set[int] = set()
+        """Keys of those that need no watching any more, those with an unknown code included."""
         self._poll = select.poll()
         for key, pid in children.items():
             fd = os.pidfd_open(pid)
@@ -49,6 +52,7 @@ class EndingWatch:
                 if fd == self._wake_reading:
                     return
                 self._note(fd)
+                self._noted.add(self._fds[fd][0])
                 self._poll.unregister(fd)
                 open_fds.discard(fd)
 
@@ -58,7 +62,7 @@ class EndingWatch:
         try:
             status = os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         except ChildProcessError:
-            return  # somebody reaped it: its process object knows the code, and it did not fail first
+            return  # the kernel reaped it, where SIGCHLD is ignored: no one knows its code
         if status is None:
             return
         returncode = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
@@ -67,9 +71,8 @@ class EndingWatch:
             self.failed.set()
 
     def running(self) -> list[int]:
-        """Pids that have not ended."""
-        ended = {ending.key for ending in self.endings}
-        return [pid for key, pid in self._fds.values() if key not in ended]
+        """Pids that have not ended, or whose end has not been noted yet."""
+        return [pid for key, pid in self._fds.values() if key not in self._noted]
 
     def codes(self) -> list[int]:
         """Exit codes so far."""

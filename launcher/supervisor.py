@@ -139,6 +139,7 @@ class Supervisor:
             stop=self._stop_ranks,
             started=self._on_start,
             failed=lambda: self.attempt is not None and self.attempt.failed(),
+            all_ended=lambda: self.attempt is None or not self.attempt.running(),
             follower=self.follower,
             peers_failed=self._peers_failed,
             await_peers=self._await_peers,

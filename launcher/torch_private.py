@@ -7,12 +7,15 @@ asserts that each name exists, so that a new torch release says what moved.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 NAMES: dict[str, str] = {
     "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._start_workers": "to learn the pids",
     "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._monitor_workers": "first failure",
     "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent._shutdown": "whole trees, one grace",
     "torch.distributed.elastic.agent.server.api:SimpleElasticAgent._remaining_restarts": "only set in its __init__",
     "torch.distributed.elastic.multiprocessing.api:SubprocessContext._close": "closed with no grace left",
+    "torch.distributed.elastic.multiprocessing.api:PContext.wait": "it reaps, and signals the other ranks by itself",
     "torch.distributed.elastic.multiprocessing.api:DefaultLogsSpecs._make_log_dir": "log paths without a random part",
 }
 """Name → what it is used for."""
@@ -21,6 +24,16 @@ NAMES: dict[str, str] = {
 def worker_context(agent):
     """The agent's process context, None before the first start: there is no public accessor."""
     return agent._pcontext
+
+
+def hold_polls(context, until: Callable[[], bool]) -> None:
+    """Answer the agent's polls of its processes with "all run" until `until` says so.
+
+    Torch's poll reaps a rank that has failed, so that its code and its moment can no longer be seen by others, and then
+    sends TERM to the rest with 30 s of grace: their ends would be all that is known of the failure.
+    """
+    poll = context.wait
+    context.wait = lambda timeout=-1, period=1: poll(timeout, period) if until() else None
 
 
 def restarts_left(agent) -> int:

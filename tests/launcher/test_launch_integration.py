@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -52,6 +54,50 @@ def test_an_uncaught_exception_is_shown_without_a_decorator_and_without_our_fram
     report = done.err[done.err.index("First failure") :]
     assert "KeyError: 'gone'" in report and "in f" in report
     assert "boot.py" not in done.err
+
+
+def test_one_that_raised_first_and_is_slow_to_exit_is_the_cause_with_its_own_code(runs):
+    script = runs.script(
+        "import atexit, os, pathlib, sys, time\n"
+        "closed = pathlib.Path(sys.argv[1], 'closed')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    atexit.register(lambda: (closed.touch(), time.sleep(60)))\n"
+        "    raise RuntimeError('worker exited')\n"
+        "while not closed.exists(): time.sleep(0.01)\n"
+        "raise ConnectionResetError('by peer')\n"
+    )
+    done = runs.run("--nproc-per-node", "2", script, str(runs.directory))
+    assert done.code == 1, done.err
+    first, _, rest = done.err[done.err.index("First failure") :].partition("consequence")
+    assert "rank 1" in first and "exit code 1" in first and "RuntimeError: worker exited" in first
+    assert "rank 0" in rest
+
+
+LATE_WATCH = """
+import sys, time
+from kgtrun.cli import main
+from launcher.endings import EndingWatch
+note = EndingWatch._note
+EndingWatch._note = lambda self, fd: (time.sleep(0.5), note(self, fd))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("failing", ["1", "01"], ids=["one", "both"])
+def test_a_failure_that_is_noted_late_is_not_reaped_by_torch_before(runs, failing):
+    """On a loaded machine the thread that notes endings comes after torch's poll, which reaps and sends TERM itself."""
+    script = runs.script(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] in sys.argv[1]: raise ConnectionResetError('by peer')\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", LATE_WATCH, "--run-dir", str(runs.directory / "run"), "--nproc-per-node", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, script, failing], env=runs.environment(), start_new_session=True, **pipes)
+    done = runs.finish(process)
+    assert done.code == 1, done.err
+    assert "exit code 1" in done.err and "ConnectionResetError: by peer" in done.err
+    assert len(done.result["failures"]) == 2
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
