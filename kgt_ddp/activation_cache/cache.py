@@ -18,15 +18,20 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from kgt_ddp.activation_cache.arrival import Arrival
 from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.folder import CacheFolder
+from kgt_ddp.activation_cache.gate import Gate
 from kgt_ddp.activation_cache.options import CacheOptions
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.activation_cache.repeats import RepeatWatch
 from kgt_ddp.activation_cache.session import Session
 from kgt_ddp.activation_cache.writer import Writer
 from kgt_ddp.blocks import Blocks
@@ -60,6 +65,7 @@ class ActivationCache:
         self._session: Session | None = None
         self._said: tuple[Any, ...] = ()
         self._ids: Sequence[int] | None = None
+        self._repeats = RepeatWatch(_world_size(ddp))
         self._tap = InputTap()
         self._hook = None if self.off else ddp.register_forward_pre_hook(self._tap, with_kwargs=True)
 
@@ -68,17 +74,32 @@ class ActivationCache:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around one training forward of the wrapper, after its mask was applied."""
-        inputs = self._tap.take()
+        inputs, arrival = self._tap.take(), self._tap.arrival
+        if arrival is not None and inputs is not None:
+            arrival.find(*inputs)
         with ExitStack() as stack:
             try:
+                if inputs is not None and self._wonders():
+                    self._repeats.note(*inputs)
                 session = self._session_now()
                 if session is not None and inputs is not None:
                     ids, self._ids = self._ids, None
-                    stack.enter_context(_Guarded(session.forward(inputs[0], inputs[1], ids), self._failed))
+                    around = session.forward(inputs[0], inputs[1], ids, arrival)
+                    stack.enter_context(_Guarded(around, self._failed))
+                elif arrival is not None:
+                    arrival.give_up()
             except Exception as error:
                 self._failed(error)
+                if arrival is not None:
+                    arrival.give_up()
             yield
+        if arrival is not None:
+            arrival.ids.tell()
         self._tell()
+
+    def _wonders(self) -> bool:
+        """Whether it is of use to know if samples come again."""
+        return self.options.mode == "auto" and self.off is None and self.state != "open"
 
     def _session_now(self) -> Session | None:
         """The session of the current frontier; None where nothing is frozen."""
@@ -100,11 +121,22 @@ class ActivationCache:
                 writer=self._writer,
                 prefetch=self._prefetch,
                 counters=self.counters,
-                gated=self.options.mode == "auto",
                 compact=not self.options.exact,
-                patience=self.options.patience,
+                gate=self._gate(),
             )
         return self._session
+
+    def _gate(self) -> Gate | None:
+        """One for a new frontier, which knows what was seen of the data until now; None where nothing shall stop it."""
+        if self.options.mode != "auto":
+            return None
+        repeats, patience = self._repeats, self.options.patience
+        if repeats.period is not None:
+            patience = max(patience, int(1.5 * repeats.period))
+        gate = Gate(patience)
+        if repeats.in_vain(self.options.patience):
+            gate.give_up(f"of the last samples {repeats.share:.0%} had come before, in {repeats.num_samples:,}")
+        return gate
 
     def _failed(self, error: Exception) -> None:
         self.off = f"{type(error).__name__}: {error}"
@@ -135,9 +167,20 @@ class ActivationCache:
         """A batch of these samples will come; see `loader.CachedLoader`."""
         self._prefetch.announce(ids)
 
-    def comes(self, ids: Sequence[int]) -> None:
-        """The next training forward is of these samples."""
+    def comes(self, ids: Sequence[int], arrival: Arrival | None = None) -> None:
+        """The next training forward is of these samples. `arrival`: they have stable ids."""
         self._ids = ids
+        self._tap.arrival = arrival
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._folder.path
+
+    @property
+    def watching(self) -> bool:
+        """Whether there is a frozen prefix whose outputs may be kept."""
+        return self.off is None and self._session is not None
 
     # ---- totals -----------------------------------------------------------------------------------------------------
 
@@ -182,13 +225,20 @@ class ActivationCache:
 
 
 class InputTap:
-    """A forward pre-hook of the wrapper that keeps the arguments until `forward` asks for them. A copy keeps nothing."""
+    """A forward pre-hook of the wrapper that keeps the arguments until `forward` asks for them. A copy keeps nothing.
+
+    A forward that trains nothing gets samples that were not decoded put back: no cache is around it.
+    """
 
     def __init__(self) -> None:
+        self.arrival: Arrival | None = None
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inputs = (args, kwargs) if module.training else None
+        trains = module.training and torch.is_grad_enabled()
+        if not trains and self.arrival is not None and self.arrival.find(args, kwargs, strict=False):
+            self.arrival.fill()
 
     def take(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         inputs, self._inputs = self._inputs, None
@@ -212,3 +262,8 @@ class _Guarded:
             self._inner.__exit__(None, None, None)
         except Exception as error:
             self._failed(error)
+
+
+def _world_size(ddp: nn.Module) -> int:
+    group = getattr(ddp, "process_group", None)
+    return group.size() if group is not None else 1

@@ -7,8 +7,9 @@ prefix runs for the others), or *computed* (it runs as ever, and what was not th
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,17 +19,22 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from kgt_ddp.activation_cache.arrival import Arrival
 from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.first_use import Route
 from kgt_ddp.activation_cache.gate import Gate, Spent
 from kgt_ddp.activation_cache.key import Batch
+from kgt_ddp.activation_cache.outputs import map_tensors, poisoned
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import Prefix
 from kgt_ddp.activation_cache.record import Rows, segments
+from kgt_ddp.activation_cache.sample_ids import SampleIds
 from kgt_ddp.activation_cache.short_circuit import now, replaced, stopped_at, timed
-from kgt_ddp.activation_cache.side_run import close
+from kgt_ddp.activation_cache.side_run import Outcome, close, on_the_side, outcome
 from kgt_ddp.activation_cache.store import Table
 from kgt_ddp.activation_cache.writer import Writer
+
+logger = logging.getLogger(__name__)
 
 WORTH_JOINING = 0.25
 """With fewer hits than this share of a batch the whole batch is computed: one forward in place of two."""
@@ -67,19 +73,25 @@ class FrontierCache:
         self._tolerance = tolerance
         self._until_spot_check = 1
         self._found_last = False
+        self._ignored: dict[SampleIds, bool] = {}
         self._last = time.perf_counter()
 
     @contextmanager
-    def forward(self, batch: Batch, *, key_s: float) -> Iterator[None]:
-        """Around one forward. `key_s`: what hashing the batch took."""
+    def forward(self, batch: Batch, *, key_s: float, arrival: Arrival | None = None) -> Iterator[None]:
+        """Around one forward. `key_s`: what hashing the batch took. `arrival`: which samples were not decoded."""
         spent = Spent(samples=batch.size, lookup_s=key_s)
-        value, found, spent = self._look_up(batch, spent)
+        value, found, spent = self._look_up(batch, spent, arrival)
         hits = int(found.sum())
         self._counters.batches += 1
         self._counters.hits += hits
         self._counters.misses += batch.size - hits
-        if value is not None and hits == batch.size and self._is_wrong(batch, value):
+        if value is not None and hits == batch.size and self._is_wrong(batch, value, arrival):
             value = None
+        if arrival is not None:
+            if value is None:
+                batch = arrival.restore(batch)
+            else:
+                self._offer(arrival, batch, value)
         if value is not None:
             spent = replace(spent, hits=hits)
             self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
@@ -96,13 +108,19 @@ class FrontierCache:
         """A batch passed by: its time is none of the cache's."""
         self._last = time.perf_counter()
 
+    def has(self, key: bytes) -> bool:
+        """Whether a record seems to be there."""
+        return self._table.has(key)
+
     def close(self) -> None:
+        for ids in self._ignored:
+            ids.withdraw()
         self._counters.corrupt += self._table.corrupt
         self._table.close()
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def _look_up(self, batch: Batch, spent: Spent) -> tuple[Any, np.ndarray, Spent]:
+    def _look_up(self, batch: Batch, spent: Spent, arrival: Arrival | None) -> tuple[Any, np.ndarray, Spent]:
         """(output of the frontier unit or None, which samples were found, seconds)."""
         codec = self._route.codec
         sizes = codec.lengths(batch)
@@ -124,6 +142,8 @@ class FrontierCache:
         self._found_last = bool(found.mean() >= WORTH_JOINING)
         if not self._found_last:
             return None, found, spent
+        if arrival is not None and not found[list(arrival.waiting)].all():
+            return None, found, spent  # a record that was there a moment ago: rare, so all of the batch is computed
         if found.all():
             self._counters.full_batches += 1
         else:
@@ -182,12 +202,16 @@ class FrontierCache:
 
     # ---- checking ---------------------------------------------------------------------------------------------------
 
-    def _is_wrong(self, batch: Batch, value: Any) -> bool:
+    def _is_wrong(self, batch: Batch, value: Any, arrival: Arrival | None) -> bool:
         """Now and then compute what was read, and compare: writes to the prefix that nothing else shows end here."""
         self._until_spot_check -= 1
         if self._until_spot_check > 0:
             return False
         self._until_spot_check = SPOT_CHECK_EVERY
+        if arrival is not None and arrival.waiting:
+            arrival.restore(batch)
+            if arrival.ids.dropped:
+                return True  # the records are sound; they are those of other samples
         started = time.perf_counter()
         self._counters.spot_checks += 1
         codec = self._route.codec
@@ -199,6 +223,40 @@ class FrontierCache:
             self.wrong = f"a record of block {self._prefix.blocks[-1].name} is not what the block computes"
         self._counters.check_s += time.perf_counter() - started
         return self.wrong is not None
+
+    def _offer(self, arrival: Arrival, batch: Batch, value: Any) -> None:
+        """Let workers leave out what has a record here, once the samples are known to be the same every time."""
+        ids = arrival.ids
+        if ids.dropped or not ids.proven or arrival.waiting or not arrival.leaves:
+            return
+        if ids not in self._ignored:
+            self._ignored[ids] = self._ignores(arrival.leaves, batch, value)
+            if not self._ignored[ids]:
+                logger.warning(
+                    "activation cache: all samples are decoded: the model reads them from behind the frontier"
+                )
+        if self._ignored[ids]:
+            ids.publish(self._table.digest)
+
+    def _ignores(self, leaves: Sequence[torch.Tensor], batch: Batch, value: Any) -> bool:
+        """Whether the model's outcome is the same with NaN in the input, if the frontier unit returns `value`."""
+        device = next(self._model.parameters()).device
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+
+        def run(change: Callable[[torch.Tensor], torch.Tensor]) -> Outcome:
+            args, kwargs = batch.arguments(lambda _, t: change(t) if any(t is leaf for leaf in leaves) else t)
+            args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
+            with replaced(self._route.table(self._unit, map_tensors(torch.Tensor.clone, value), batch)):
+                return outcome(lambda: self._model(*args, **kwargs), parameters)
+
+        started = time.perf_counter()
+        try:
+            with on_the_side(self._model):
+                return run(lambda t: t).same(run(poisoned))
+        except (RuntimeError, TypeError, ValueError, LookupError):
+            return False
+        finally:
+            self._counters.check_s += time.perf_counter() - started
 
     def _account(self, spent: Spent) -> None:
         at = time.perf_counter()

@@ -88,6 +88,10 @@ class Gate:
                 f"computing it takes {self.compute_s_per_sample * 1e6:.0f} us"
             )
 
+    def give_up(self, reason: str) -> None:
+        """Start closed: what is known of the data leaves no hope of hits. It is tried again as after any other end."""
+        self._close(reason)
+
     def admits(self) -> bool:
         """Whether the next batch is to use the cache. Call once a batch."""
         if self.state != "closed":

@@ -6,6 +6,8 @@
 
 Same batches in the same order. The ids are the indices that the sampler draws; they are hints (see `prefetch`), so a data
 set whose sample i is random is slow at worst, never wrong. Without a cache it is the loader that it was given.
+
+Over a `dataset.CachedDataset` the ids are more than hints: samples whose records are there are not decoded.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from kgt_ddp.activation_cache.arrival import Arrival
+from kgt_ddp.activation_cache.dataset import CachedDataset
 from kgt_ddp.activation_cache.prefetch import DEPTH
 
 
@@ -41,8 +45,12 @@ class CachedLoader:
         self._drawn: deque[list[int]] = deque()
         self._num_announced = 0  # of the batches in front of `_drawn`: workers draw further ahead than is read
         self._model = weakref.ref(model)
+        cache = self._cache()
+        self._dataset = loader.dataset
+        if cache is not None and cache.off is None and isinstance(loader.dataset, CachedDataset):
+            self._dataset = loader.dataset.bound(cache.folder)
         self._loader = DataLoader(
-            loader.dataset,
+            self._dataset,
             batch_sampler=_Ahead(loader.batch_sampler, self),
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
@@ -70,7 +78,7 @@ class CachedLoader:
             self._announce()
             cache = self._cache()
             if cache is not None:
-                cache.comes(ids)
+                cache.comes(ids, self._arrival(ids, batch, cache.watching))
             yield batch
 
     def drawn(self, ids: list[int]) -> None:
@@ -84,6 +92,18 @@ class CachedLoader:
             if cache is not None:
                 cache.expect(self._drawn[self._num_announced])
             self._num_announced += 1
+
+    def _arrival(self, ids: list[int], batch: Any, watched: bool) -> Arrival | None:
+        """The batch of a data set with stable ids."""
+        if not isinstance(self._dataset, CachedDataset) or not self._dataset.is_bound:
+            return None
+        arrival = Arrival(ids, self._dataset, self._loader.collate_fn, batch, watched=watched)
+        model = self._model()
+        if not watched:
+            arrival.give_up()
+        elif model is None or not model.training:
+            arrival.fill()
+        return arrival
 
     def _cache(self) -> Any:
         return getattr(getattr(self._model(), "freezing", None), "cache", None)

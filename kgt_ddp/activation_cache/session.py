@@ -17,6 +17,7 @@ import xxhash
 from torch import nn
 
 from kgt_ddp.activation_cache import torch_private
+from kgt_ddp.activation_cache.arrival import Arrival
 from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.first_use import NotYetError, ObjectionError, PaddingObjectionError, Route, first_use
 from kgt_ddp.activation_cache.folder import CacheFolder
@@ -40,7 +41,7 @@ class Session:
     """See the module docstring.
 
     Args:
-        gated: whether the gate decides; without it the cache is used wherever it can be.
+        gate: decides where it is given; without one the cache is used wherever it can be.
         compact: keep 32-bit floats as bfloat16.
     """
 
@@ -53,18 +54,17 @@ class Session:
         writer: Writer,
         prefetch: Prefetch,
         counters: Counters,
-        gated: bool,
         compact: bool,
-        patience: int,
+        gate: Gate | None,
     ) -> None:
         self.prefix = prefix
         self.keys = Keys()
-        self.gate = Gate(patience)
+        self.gate = gate if gate is not None else Gate()
         self.refused = prefix.objection()
         self.digest: str | None = None
         self._model = model
         self._folder, self._writer, self._prefetch, self._counters = folder, writer, prefetch, counters
-        self._gated, self._compact = gated, compact
+        self._gated, self._compact = gate is not None, compact
         self._route: Route | None = None
         self._ready: FrontierCache | None = None
         self._watched = False
@@ -80,9 +80,13 @@ class Session:
         return self.gate.state if self._gated else "open"
 
     @contextmanager
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any) -> Iterator[None]:
-        """Around one training forward of the model."""
+    def forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any, arrival: Arrival | None = None
+    ) -> Iterator[None]:
+        """Around one training forward of the model. `arrival`: where its batch comes from, if samples have ids."""
         batch = self._admitted(args, kwargs)
+        if arrival is not None:
+            batch = self._identified(batch, args, kwargs, arrival)
         if batch is None:
             yield
             return
@@ -99,7 +103,7 @@ class Session:
                 yield
             return
         assert self._ready is not None
-        with self._ready.forward(batch, key_s=self._key_s):
+        with self._ready.forward(batch, key_s=self._key_s, arrival=arrival):
             yield
         if self._ready.wrong is not None:
             self.refused = self._ready.wrong
@@ -140,6 +144,17 @@ class Session:
         self._key_s = time.perf_counter() - started
         self._counters.key_s += self._key_s
         return batch
+
+    def _identified(self, batch: Batch | None, args: Any, kwargs: Any, arrival: Arrival) -> Batch | None:
+        """The batch with the keys of what was left out. What is not sure to be read is decoded here."""
+        if batch is None:
+            arrival.give_up()
+            return None
+        # The first padded batch after a check without padding is checked, too, and so has to be complete.
+        ready = self._ready if self._watched and not batch.padded and not batch.cut else None
+        return arrival.identified(
+            batch, lambda: self.keys.batch(args, kwargs), ready.has if ready is not None else None
+        )
 
     def _collectives(self, found: str | None) -> None:
         """Ranks run on the side when each sees fit: a model that communicates in its forward would wait for others."""

@@ -87,6 +87,7 @@ class Table:
     """
 
     def __init__(self, fd: int, digest: str, slot_bytes: int, num_slots: int) -> None:
+        self.digest = digest
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
         self.corrupt = 0
