@@ -11,12 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kgt_ddp.activation_cache.dataset import CachedDataset
     from kgt_ddp.activation_cache.loader import CachedLoader
     from kgt_ddp.ddp import FreezeAwareDDP
 
-__all__ = ["CachedLoader", "FreezeAwareDDP"]
+__all__ = ["CachedDataset", "CachedLoader", "FreezeAwareDDP"]
 
-_HOME = {"CachedLoader": "kgt_ddp.activation_cache.loader", "FreezeAwareDDP": "kgt_ddp.ddp"}
+_HOME = {
+    "CachedDataset": "kgt_ddp.activation_cache.dataset",
+    "CachedLoader": "kgt_ddp.activation_cache.loader",
+    "FreezeAwareDDP": "kgt_ddp.ddp",
+}
 
 
 def __getattr__(name: str):
