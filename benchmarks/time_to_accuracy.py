@@ -13,7 +13,8 @@ of the machine falls on all. What is measured, how and against what, is in `benc
 A full run takes hours. Each finished run is a line in `runs/time_to_accuracy/runs.jsonl`; starting again goes on with what
 is missing, as long as the sizes are the same. What was stopped in mid-run starts over, without the plain run if that has
 ended before; the results say so (`same_turns_as_plain`). Results of the full sizes go to `benchmarks/results/`, also into
-`summary.json`; with other sizes they stay in `runs/time_to_accuracy/`.
+`summary.json`, and the finished runs go there, too: a fresh clone goes on where the last commit of results stopped. With
+other sizes all stays in `runs/time_to_accuracy/`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from benchmarks.machine import ROOT, commit
 from benchmarks.turns import Job, JobFailed
 
 RUNS = ROOT / "runs" / "time_to_accuracy"
+KEPT_RUNS = RESULTS / "time_to_accuracy_runs.jsonl"
 POLICIES = (PLAIN, "linear", "gradnorm", "kgt-paper", "kgt")
 QUICK_POLICIES = (PLAIN, "linear")
 CACHE = "+cache"
@@ -271,8 +273,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         if os.getloadavg()[0] > 0.5:
             print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): wall times will be too long", flush=True)
+        finished = RUNS / "runs.jsonl"
+        if full_size and KEPT_RUNS.exists() and not finished.exists():
+            RUNS.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(KEPT_RUNS, finished)
         failures = run_all(workloads, policies, seeds, chosen, RUNS)
-        records = list(finished_runs(RUNS / "runs.jsonl", chosen).values())
+        records = list(finished_runs(finished, chosen).values())
+        if full_size:
+            shutil.copyfile(finished, KEPT_RUNS)
     publish(records, chosen, quick=args.quick, results=RESULTS if full_size else RUNS)
     return 1 if failures else 0
 
