@@ -133,7 +133,7 @@ class ActivationCache:
         repeats, patience = self._repeats, self.options.patience
         if repeats.period is not None:
             patience = max(patience, int(1.5 * repeats.period))
-        gate = Gate(patience)
+        gate = Gate(patience, repeating=repeats.share)
         if repeats.in_vain(self.options.patience):
             gate.give_up(f"of the last samples {repeats.share:.0%} had come before, in {repeats.num_samples:,}")
         return gate

@@ -27,6 +27,8 @@ PATIENCE = 50_000
 LOW_HIT_RATE = 0.02
 TRIAL_SHARE = 0.02
 """Share of the training time that a try may cost; more where more could be won, see `_allowance`."""
+HOPE = 0.1
+"""Part of what hits would save that a try may cost in any case; half of it where the data is known to repeat."""
 MARGIN = 0.9
 """A read is worth it if it takes less than this part of the computation."""
 
@@ -52,13 +54,15 @@ class Gate:
 
     Args:
         patience: samples of an epoch and a half, where known.
+        repeating: share of the samples of which it is known that they come again and again.
     """
 
-    def __init__(self, patience: int = PATIENCE) -> None:
+    def __init__(self, patience: int = PATIENCE, *, repeating: float = 0.0) -> None:
         self.state = "trying"
         self.reason = ""
         """Of the last change of state, for people."""
         self._patience = patience
+        self._hope = max(HOPE, repeating / 2)
         self._compute_s = 0.0
         self._computed = 0
         self._looked_up = 0
@@ -141,8 +145,8 @@ class Gate:
             self._losses = 0
 
     def _allowance(self, wall: float, samples: int) -> float:
-        """Seconds that a window may cost while hits are still to come: a tenth of what hits would save, at least."""
-        return max(TRIAL_SHARE * wall, 0.1 * samples * self.compute_s_per_sample)
+        """Seconds that a window may cost while hits are still to come: a part of what they would save, at least."""
+        return max(TRIAL_SHARE * wall, self._hope * samples * self.compute_s_per_sample)
 
     def _close(self, reason: str) -> None:
         self.state, self.reason = "closed", reason

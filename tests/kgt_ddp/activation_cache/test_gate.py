@@ -105,3 +105,15 @@ def test_some_windows_of_bad_luck_do_not_close_it():
         feed(g, WINDOW, rate=1.0)
         feed(g, WINDOW, rate=0.1, read_s=0.01)
     assert g.state == "open"
+
+
+def test_a_try_may_cost_more_where_the_data_is_known_to_repeat():
+    """Half of what a hit saves, paid once, comes back with the first epoch of hits."""
+    costs = {"write_s": 0.012, "wall_s": 0.1}
+    for repeating, state in ((0.0, "closed"), (1.0, "trying")):
+        g = gate(compute_s=0.03, repeating=repeating)
+        feed(g, 4 * WINDOW, **costs)
+        assert g.state == state
+    g = gate(compute_s=0.03, repeating=1.0)
+    feed(g, 4 * WINDOW, write_s=0.02)
+    assert g.state == "closed"
