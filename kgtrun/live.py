@@ -1,6 +1,7 @@
 """Shows progress while ranks run: a live line on a terminal (with rich), a plain line a minute otherwise.
 
-Output of ranks appears above the live line. Without heartbeats (a script without a DDP of ours) nothing is shown.
+Output of ranks appears above the live line. Without heartbeats (a script without a DDP of ours), and once the ranks have
+ended, nothing is shown.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
 PLAIN_LINE_S = 60.0
+_LOOK_S = 1.0
 _REFRESH_PER_S = 2
 
 Words = Callable[[], str | None]
-"""What to show now, None for nothing."""
+"""What to show now, None for nothing. A rate comes from one call to the next: it is called once a second or more often."""
 
 
 @contextlib.contextmanager
@@ -48,8 +51,12 @@ def _plain(words: Words, out: TextIO, *, every_s: float = PLAIN_LINE_S) -> Itera
     over = threading.Event()
 
     def run() -> None:
-        while not over.wait(every_s):
-            text = words()
+        due_s = time.monotonic() + every_s
+        while not over.wait(min(every_s, _LOOK_S)):
+            text = words()  # between the lines, too: the first one would know no rate
+            if time.monotonic() < due_s:
+                continue
+            due_s = time.monotonic() + every_s
             if text:
                 print(f"kgtrun: {text}", file=out, flush=True)
 

@@ -65,6 +65,11 @@ class Attempt:
         """Pids of ranks that have not ended, as far as has been noted."""
         return [] if self._ended else self._watch.running()
 
+    def running_ranks(self) -> list[int]:
+        """Local ranks of `running`."""
+        running = set(self.running())
+        return [local_rank for local_rank, pid in self.pids.items() if pid in running]
+
     def codes(self) -> list[int]:
         """Exit codes of the ranks that have ended, negative for signals."""
         return self._watch.codes()

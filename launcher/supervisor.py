@@ -101,9 +101,8 @@ class Supervisor:
         )
 
     def progress(self) -> Progress | None:
-        """How far the ranks are; from any thread."""
-        attempt = self.attempt
-        return self._meter.look(map(self.runtime.heartbeat, attempt.pids)) if attempt else None
+        """How far the ranks that run are, None without any; from any thread."""
+        return self._meter.look(map(self.runtime.heartbeat, self.attempt.running_ranks())) if self.attempt else None
 
     def run(self) -> Outcome:
         """The whole launch; whatever happens, nothing is left when it returns or raises."""
