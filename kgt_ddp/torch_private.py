@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 PRIVATE_NAMES: dict[str, str] = {
     "torch.nn.parallel.DistributedDataParallel._build_params_for_reducer": "re-bucketing: who still needs a gradient",
@@ -90,6 +91,16 @@ def ignored_by_ddp(ddp: DistributedDataParallel) -> set[str]:
 def broadcast(group: dist.ProcessGroup, tensors: Sequence[torch.Tensor], buffer_bytes: int) -> None:
     """Copy rank 0's `tensors` to all ranks of `group`, in flat pieces of at most `buffer_bytes`."""
     dist._broadcast_coalesced(group, list(tensors), buffer_bytes, 0)
+
+
+def parts_of(scheduler: ChainedScheduler | SequentialLR) -> Sequence[LRScheduler]:
+    """The schedulers that this one is made of. (An attribute of the instance: its test makes one.)"""
+    return scheduler._schedulers
+
+
+def milestones_of(scheduler: SequentialLR) -> Sequence[int]:
+    """Moves after which the second, third, … scheduler takes over. (As above.)"""
+    return scheduler._milestones
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
