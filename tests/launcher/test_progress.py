@@ -115,7 +115,8 @@ def test_ranks_that_have_ended_are_not_looked_at(tmp_path):
     )
     ranks = [subprocess.Popen(["sleep", "0"]), subprocess.Popen(["sleep", "60"])]
     pids = {local_rank: process.pid for local_rank, process in enumerate(ranks)}
-    attempt = Attempt(0, pids, {0: 0, 1: 1}, config=config, runtime=RuntimeDir(tmp_path), begun_s=0.0, event=dict)
+    told: dict = {"runtime": RuntimeDir(tmp_path), "begun_s": 0.0, "event": lambda kind, **fields: None}
+    attempt = Attempt(0, pids, {0: 0, 1: 1}, config=config, **told)
     for process, left in ((ranks[0], [1]), (ranks[1], [])):
         deadline = time.monotonic() + 30
         while attempt.running_ranks() != left and time.monotonic() < deadline:
