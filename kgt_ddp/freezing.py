@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +46,7 @@ from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Freezing:
@@ -145,21 +146,34 @@ class Freezing:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on freezing as if never stopped. Call between steps; plain data, any rank."""
-        agreement = self._agreement.state_dict() if self._agreement else None
-        return {
-            "version": STATE_VERSION,
-            "step": self.clock.step,
-            "frontier": self.mask.frontier,
-            "generation": self.mask.generation,
+        """Everything needed to go on freezing as if never stopped. Call between steps; plain data, any rank.
+
+        What only rank 0 knows (the policy's memory) is in rank 0's state alone: of keys that several ranks have,
+        torch.distributed.checkpoint saves any rank's. It loads key by key into the state of the fresh job and takes
+        dicts apart, and lists of dicts, but no tuples: so all that may look otherwise there is inside tuples.
+        """
+        shared = {
             "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
-            "agreement": agreement,
-            "policy_spec": self._policy_spec,
-            "policy": self._policy.state_dict(),
+            "agreement": self._agreement.state_dict() if self._agreement else None,
             "freezes": [dict(entry) for entry in self._applied],
             "reduced_bytes": list(self.hook.reduced_bytes),
             "dropped_bytes": list(self.hook.dropped_bytes),
         }
+        state = {
+            "version": STATE_VERSION,
+            "step": self.clock.step,
+            "frontier": self.mask.frontier,
+            "generation": self.mask.generation,
+            "policy_spec": self._policy_spec,
+            "shared": (shared,),
+        }
+        fresh = self._agreement is None
+        if fresh or dist.get_rank(self._group) == 0:
+            state["rank_0"] = (self._rank_0_state(),)
+        return state
+
+    def _rank_0_state(self) -> dict[str, Any]:
+        return {"policy": self._policy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on where `state_dict()` left off. Call on every rank, before the first training forward.
@@ -177,20 +191,29 @@ class Freezing:
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"freezing state of version {state.get('version')!r}; this kgtrun reads {STATE_VERSION}")
         self.clock.step = state["step"]
-        if state["blocks"] is None:
+        (shared,) = state["shared"]
+        if shared["blocks"] is None:
+            if not self.clock.step:
+                logger.warning("the checkpoint is from before the first step: training goes on with nothing frozen")
             return
-        self.blocks.load_state_dict(state["blocks"])
+        self.blocks.load_state_dict(shared["blocks"])
         self.hook.set_blocks(self._block_parameters())
-        self.hook.reduced_bytes = list(state["reduced_bytes"])
-        self.hook.dropped_bytes = list(state["dropped_bytes"])
-        self._applied = [dict(entry) for entry in state["freezes"]]
+        self.hook.reduced_bytes = list(shared["reduced_bytes"])
+        self.hook.dropped_bytes = list(shared["dropped_bytes"])
+        self._applied = [dict(entry) for entry in shared["freezes"]]
         self.mask = Mask(0, len(self.blocks), state["generation"])
         self._begin_agreement()
-        if state["policy_spec"] == self._policy_spec:
-            self._policy.load_state_dict(state["policy"])
-            if self._agreement and state["agreement"]:
-                self._agreement.load_state_dict(state["agreement"])
+        if state["policy_spec"] == self._policy_spec and self._agreement and shared["agreement"]:
+            self._agreement.load_state_dict(shared["agreement"])
+        if "rank_0" in state:
+            self._load_rank_0_state(state["rank_0"][0], same_policy=state["policy_spec"] == self._policy_spec)
+        elif dist.get_rank(self._group) == 0:
+            logger.warning("the freezing state was not saved by rank 0: the policy begins without its memory")
         self._resumed = state
+
+    def _load_rank_0_state(self, state: Mapping[str, Any], *, same_policy: bool) -> None:
+        if same_policy:
+            self._policy.load_state_dict(state["policy"])
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
