@@ -38,7 +38,8 @@ class Arrival:
 
     Attributes:
         waiting: row -> sample of the stand-ins that were not put back.
-        leaves: the model's arguments that hold the input, once `find` has found them.
+        leaves: the model's arguments that hold the input, once `find` has found them; the loader's tensor until then.
+        entered: whether `find` has found them.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Arrival:
         self.ids = dataset.ids
         self.leaves: list[torch.Tensor] = []
         self.waiting: dict[int, int] = {}
+        self.entered = False
         self._dataset, self._collate = dataset, collate
         self._print: bytes | None = None
         self._rehash: Rehash
@@ -85,12 +87,13 @@ class Arrival:
                     "put the transform into the data set, or leave CachedDataset out"
                 )
             if found:
-                self.leaves = [t for t, _ in found]
+                self.leaves, self.entered = [t for t, _ in found], True
                 self.waiting = {row: sample for _, there in found for row, sample in there.items()}
             return bool(found)
         if strict:
             self.leaves = [t for t in alike if _print(t) == self._print]
-            if not self.leaves:
+            self.entered = bool(self.leaves)
+            if not self.entered:
                 self.ids.drop(3)
         return False
 
@@ -137,7 +140,7 @@ class Arrival:
         ids, self._rehash = self.ids, rehash
         if self.waiting and (ids.dropped or there is None or ids.common != batch.common):
             batch = self.restore(batch)
-        if ids.dropped or not self.leaves:
+        if ids.dropped or not self.entered:
             return batch
         ids.use_common(batch.common)
         for row, sample in enumerate(self.samples):

@@ -227,7 +227,7 @@ class FrontierCache:
     def _offer(self, arrival: Arrival, batch: Batch, value: Any) -> None:
         """Let workers leave out what has a record here, once the samples are known to be the same every time."""
         ids = arrival.ids
-        if ids.dropped or not ids.proven or arrival.waiting or not arrival.leaves:
+        if ids.dropped or not ids.proven or arrival.waiting or not arrival.entered:
             return
         if ids not in self._ignored:
             self._ignored[ids] = self._ignores(arrival.leaves, batch, value)

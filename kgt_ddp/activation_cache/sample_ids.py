@@ -32,7 +32,7 @@ DROP_REASONS = {
     1: "a sample is not the same every time (a random transform?)",
     2: "`light` gives something else than the data set beside the input",
     3: "what the model gets is not what the loader yields",
-    4: "the loader does not yield its input as one tensor, by sample",
+    4: "its loader yields no tensor of inputs by sample, or draws something else than indices",
 }
 
 
@@ -49,7 +49,7 @@ class SampleIds:
     def __init__(self, num_samples: int) -> None:
         self.common: bytes | None = None
         self.num_samples = num_samples
-        self._keys = torch.zeros(num_samples, KEY_BYTES, dtype=torch.uint8).share_memory_()
+        self._keys = torch.zeros(max(num_samples, 1), KEY_BYTES, dtype=torch.uint8).share_memory_()
         self._numbers = torch.zeros(3, dtype=torch.int64).share_memory_()
         self._file = torch.zeros(16, dtype=torch.uint8).share_memory_()
         self._open: tuple[str, Table | None] = ("", None)
