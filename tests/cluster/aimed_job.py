@@ -1,0 +1,68 @@
+"""Job of the tests that break something at a chosen moment: it stops there, says so, and waits to be let on.
+
+    aimed_job.py DIRECTORY STEPS none|step|decision
+
+`step`: rank 1 stops inside the forward of a step, the others wait for its gradients. `decision`: rank 0's policy stops
+while it decides: the scores have been summed, the mask has not been sent. Files in DIRECTORY: `held` (written by the job
+when it has stopped), `go on` (written by the test), `end` (frontier and checksum of the weights of every rank).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kgt_ddp import FreezeAwareDDP
+from kgt_ddp.policies.policy import Decision, Observation, Schedule
+
+AIM = 20
+"""Step of the moment."""
+directory, steps, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+
+def hold() -> None:
+    (directory / "held").write_text("")
+    deadline = time.monotonic() + 120
+    while not (directory / "go on").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+class Holding(Schedule):
+    """One block from the start, two from the moment on."""
+
+    signals = ("grad_norm",)
+    held = False
+
+    def decide(self, observation: Observation) -> Decision:
+        if moment == "decision" and not self.held and observation.step >= AIM:
+            self.held = True
+            hold()
+        return Decision(frontier=2 if observation.step >= AIM else 1, reason="the test's")
+
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()) for _ in range(6)])
+ddp = FreezeAwareDDP(model, policy=Holding(), interval=3)
+optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+now = [0]
+if moment == "step" and rank == 1:
+    model[3].register_forward_hook(lambda *_: hold() if now[0] == AIM else None)
+for step in range(steps):
+    now[0] = step
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1000 * step + rank))
+    optimizer.zero_grad()
+    (ddp(x) - x.flip(1)).square().mean().backward()
+    optimizer.step()
+mine = [ddp.freezing.frontier, *(float(p.detach().double().sum()) for p in model.parameters())]
+everyone: list = [None] * world
+dist.all_gather_object(everyone, mine)
+if rank == 0:
+    (directory / "end").write_text(json.dumps(everyone))
+dist.destroy_process_group()

@@ -1,0 +1,109 @@
+"""A fault inside a step, and inside a decision: outcome, time and message on every host that is left.
+
+Those that wait out a time limit are left out without KGTRUN_FULL_TESTS=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.cluster.hosts import HERE, hosts, needs_hosts
+from tests.cluster.launch import BOUND_S, Launch
+from tests.cluster.slurm import wait_until
+
+pytestmark = [pytest.mark.cluster, needs_hosts]
+slow = pytest.mark.skipif(not os.environ.get("KGTRUN_FULL_TESTS"), reason="slow: set KGTRUN_FULL_TESTS=1")
+
+JOB = str(HERE / "aimed_job.py")
+STEPS = 40
+
+
+@pytest.fixture
+def two(tmp_path):
+    with hosts(2, tmp_path / "net") as cluster:
+        yield cluster
+
+
+def begin(cluster, folder, moment: str, *options: str, count: int = 2) -> Launch:
+    """A job that has stopped at its moment."""
+    launch = Launch(cluster, folder, JOB, str(folder), str(STEPS), moment, options=options, count=count)
+    if moment != "none":
+        try:
+            wait_until(lambda: (folder / "held").exists(), f"the job to stop in a {moment}", 240)
+        except AssertionError:
+            for process in launch.launchers.values():
+                process.kill()
+            print("\n".join(process.communicate(timeout=60)[0] for process in launch.launchers.values()))
+            raise
+    return launch
+
+
+def assert_ended_alike(folder, world: int) -> None:
+    everyone = json.loads((folder / "end").read_text())
+    assert len(everyone) == world and all(mine == everyone[0] for mine in everyone)
+    assert everyone[0][0] == 2, "both decisions were applied"
+
+
+def tell(what: str, host: str, code: int, seconds: float, output: str) -> None:
+    words = ("is lost", "no contact", "First failure")
+    line = next((line.strip() for line in output.splitlines() if any(w in line for w in words)), "")
+    print(f"\n{what}: {host} ended with {code} after {seconds:.1f} s: {line}")
+
+
+def test_a_host_that_dies_inside_a_step_ends_the_launch_on_the_other(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "step")
+    two.kill("h1")
+    code, output, seconds = launch.end("h0", BOUND_S)
+    tell("host killed inside a step", "h0", code, seconds, output)
+    assert code != 0, output
+    assert "First failure: rank 0 on h0" in output or "node 1 (h1) is lost" in output, output
+
+
+def test_rank_0s_host_that_dies_inside_a_decision_ends_the_launch_on_the_other(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "decision")
+    two.kill("h0")
+    code, output, seconds = launch.end("h1", BOUND_S)
+    tell("rank 0's host killed inside a decision", "h1", code, seconds, output)
+    assert code != 0, output
+    assert "no contact with the rendezvous" in output or "First failure: rank 1 on h1" in output, output
+
+
+@slow
+def test_a_cable_that_goes_inside_a_decision_and_stays_out_ends_the_launch_on_both(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "decision")
+    two.link("h1", "down")
+    (tmp_path / "job" / "go on").write_text("")
+    code, output, seconds = launch.end("h0", BOUND_S)
+    tell("cable out for ever inside a decision", "h0", code, seconds, output)
+    assert code == 1 and "node 1 (h1) is lost: no sign of life for 6 s" in output, output
+    code, output, more = launch.end("h1", BOUND_S - seconds)
+    tell("cable out for ever inside a decision", "h1", code, seconds + more, output)
+    assert code == 1 and "no contact with the rendezvous at h0:29400 from h1" in output, output
+
+
+@slow
+def test_a_cable_that_is_out_for_10_seconds_inside_a_decision_costs_that_time_and_nothing_else(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "decision", "--peer-timeout", "40")
+    two.link("h1", "down")
+    (tmp_path / "job" / "go on").write_text("")
+    time.sleep(10)
+    two.link("h1", "up")
+    for host in ("h0", "h1"):
+        code, output, seconds = launch.end(host, 60)
+        tell("cable out for 10 s inside a decision", host, code, 10 + seconds, output)
+        assert code == 0, output
+    assert_ended_alike(tmp_path / "job", 2)
+
+
+@slow
+def test_four_hosts_freeze_the_same_and_end_with_the_same_weights(tmp_path):
+    with hosts(4, tmp_path / "net") as cluster:
+        launch = begin(cluster, tmp_path / "job", "none", count=4)
+        for host in launch.launchers:
+            code, output, _ = launch.end(host, 180)
+            assert code == 0, output
+    assert_ended_alike(tmp_path / "job", 4)
