@@ -3,7 +3,7 @@
 Order of start: runtime directory, reaper, signals, ranks, side-cars (after the ranks, whose start must not wait for
 them). Order of end: ranks, then side-cars, then whatever carries the launch's marker, then the runtime directory, then
 the reaper. What happened is returned as an `Outcome` and written to the run directory; nothing is printed here but log
-records.
+records. What an ending means is decided in `launcher.verdict`; what there is to end is found by `launcher.belongings`.
 
 Raises:
     ValueError: the configuration does not fit this machine (a device that is not there, an unknown plug-in).
@@ -11,34 +11,31 @@ Raises:
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import shutil
 import signal
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kgtrun.contract import environment as names
 from kgtrun.contract.events import EventWriter
 from kgtrun.contract.run_dir import RunDir
-from launcher import process_tree
 from launcher.attempt import Attempt
+from launcher.belongings import Belongings
 from launcher.config import LaunchConfig
 from launcher.errors import LostRendezvousError
 from launcher.leaving import Leaving
 from launcher.links import Links
 from launcher.logs import Follower
-from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Failure, Outcome
+from launcher.outcome import Outcome
 from launcher.peers import Peers
 from launcher.progress import Progress, ProgressMeter
-from launcher.reaper import Reaper
 from launcher.runtime_dir import RuntimeDir, make_shared
 from launcher.sidecar import Sidecar, SidecarKeeper
 from launcher.signals import SignalDesk, Stopped
 from launcher.spawn_environment import SpawnEnvironment
+from launcher.verdict import Verdict
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerGroup
@@ -65,16 +62,12 @@ class Supervisor:
         self.run_dir = RunDir(config.run_dir).create()
         self.runtime = RuntimeDir.create()
         launch_id = uuid.uuid4().hex
-        self.marker = f"{names.LAUNCH_ID}={launch_id}"
-        # Forked first, while this process is small and has one thread.
         shared = config.sidecars.directory if config.sidecars.count else None
-        self._directories = [self.runtime.root, *([shared] if shared else [])]
         if shared:
             make_shared(shared)
-        self.reaper = Reaper(
-            marker=self.marker, directories=map(str, self._directories), grace_s=config.shutdown_timeout_s
-        )
-        _become_subreaper()
+        directories = [self.runtime.root, *([shared] if shared else [])]
+        # The reaper is forked here, while this process is small and has one thread.
+        self.belongings = Belongings(launch_id, directories, grace_s=config.shutdown_timeout_s)
         self.events = EventWriter.for_process(config.run_dir, role="launcher", index=config.rendezvous.node_rank)
         self.environment = SpawnEnvironment(config, self.runtime, launch_id)
         self.follower = Follower()
@@ -91,6 +84,7 @@ class Supervisor:
             event=self.events.write,
             started=self._on_sidecar_start,
         )
+        self.verdict = Verdict(begun_s=self.begun_s, hang_timeout_s=config.hang_timeout_s, sidecars=self.keeper.summary)
         self.desk = SignalDesk(
             stop=config.stop_signals,
             forward=_USER_SIGNALS,
@@ -110,7 +104,7 @@ class Supervisor:
         try:
             outcome = self._run_ranks()
         except Stopped as stopped:
-            outcome = self._outcome(SIGNALLED, 128 + stopped.sigval, signal_name=stopped.sigval.name)
+            outcome = self.verdict.signalled(self.attempt, stopped.sigval)
         finally:
             self._end_everything()
             if outcome is not None:
@@ -120,7 +114,7 @@ class Supervisor:
                 self.peers.close()
             self.links.close()
             self.desk.close()
-            self.reaper.dismiss()
+            self.belongings.dismiss_reaper()
         return outcome
 
     def _run_ranks(self) -> Outcome:
@@ -148,56 +142,14 @@ class Supervisor:
         try:
             result = elastic.run(self.agent, self.config.event_log_handler)
         except LostRendezvousError as error:
-            return self._failed_outcome(str(error))
-        if self.attempt is not None and self.attempt.hung.is_set():
-            message = f"stopped: a rank made no progress for {self.config.hang_timeout_s:g} s"
-            return self._outcome(FAILED, HUNG_EXIT_CODE, failures=self.attempt.failures, message=message)
-        if result is None or not result.is_failed():
-            if self.peers is not None and self.peers.others_failed:
-                return self._failed_outcome("the worker group failed on another node")
-            return self._outcome(SUCCEEDED, 0)
-        return self._failed_outcome("the worker group failed")
-
-    def _failed_outcome(self, message: str) -> Outcome:
-        """Name the earliest failure of all nodes; its code is ours."""
-        failures = self.attempt.failures if self.attempt else ()
-        remote = self.peers.earliest() if self.peers else None
-        own_moment_s = self._unix_time(failures[0]) if failures and not failures[0].consequence else float("inf")
-        if self.peers and remote and self.peers.earliest_moment() < own_moment_s:
-            failures = (remote, *failures)
-        lost = self.peers.words() if self.peers else ""
-        if not failures or (lost and failures[0].consequence):
-            return self._outcome(FAILED, 1, message=lost or message)
-        return self._outcome(FAILED, failures[0].exit_status(), failures=failures)
-
-    def _unix_time(self, failure: Failure) -> float:
-        return time.time() - (time.monotonic() - self.begun_s) + failure.after_s
-
-    def _outcome(
-        self,
-        status: str,
-        code: int,
-        *,
-        signal_name: str | None = None,
-        message: str = "",
-        failures: tuple[Failure, ...] = (),
-    ) -> Outcome:
-        return Outcome(
-            status=status,
-            exit_code=code,
-            seconds=round(time.monotonic() - self.begun_s, 3),
-            restarts=self.attempt.number if self.attempt else 0,
-            signal=signal_name,
-            failures=failures,
-            sidecars=self.keeper.summary(),
-            message=message or (f"ended by {signal_name}" if signal_name else ""),
-        )
+            return self.verdict.failed(self.attempt, self.peers, str(error))
+        return self.verdict.ended(self.attempt, self.peers, failed=result is not None and result.is_failed())
 
     # What the agent and the keeper call.
 
     def _on_start(self, number: int, pids: dict[int, int], group: WorkerGroup) -> None:
         for local_rank, pid in pids.items():
-            self.reaper.watch(pid)
+            self.belongings.watch(pid)
             self.environment.pin(local_rank, pid)
         self.attempt = Attempt(
             number,
@@ -243,7 +195,7 @@ class Supervisor:
 
     def _on_sidecar_start(self, sidecar: Sidecar) -> None:
         assert sidecar.pid is not None
-        self.reaper.watch(sidecar.pid)
+        self.belongings.watch(sidecar.pid)
 
     def _stop_ranks(self, signum: signal.Signals) -> None:
         """End the ranks of this start and all they started; side-cars stay."""
@@ -253,13 +205,9 @@ class Supervisor:
             return
         attempt, agent = self.attempt, self.agent
 
-        def find() -> set[int]:
-            sidecars = process_tree.members("", self.keeper.pids())
-            return process_tree.members(self.marker, attempt.pids.values(), exclude={*sidecars, self.reaper.pid})
-
         attempt.stop(
             signum,
-            find=find,
+            find=lambda: self.belongings.find(attempt.pids.values(), spare=self.keeper.pids()),
             hurry=self.desk.hurry,
             between=self._reap_adopted,
             stderr_of=lambda local_rank: elastic.stderr_path(agent, local_rank),
@@ -275,34 +223,26 @@ class Supervisor:
             return
         if failures or peers.failed():
             own = failures[0] if failures and not failures[0].consequence else None
-            peers.publish(own, self._unix_time(own) if own else time.time())
+            peers.publish(own, self.verdict.unix_time(own) if own else time.time())
 
     def _reap_adopted(self) -> None:
-        """Collect orphans of ranks: as their subreaper we are their parent now, and nobody else waits for them."""
         ranks = self.attempt.pids.values() if self.attempt else ()
-        process_tree.reap_children(exclude={self.reaper.pid, *self.keeper.pids(), *ranks})
+        self.belongings.collect(owned=[*self.keeper.pids(), *ranks])
 
     # The end.
 
     def _end_everything(self) -> None:
         self.keeper.stop_watching()
         self._stop_ranks(signal.SIGTERM)
-        sidecars = self.keeper.pids()
-        process_tree.terminate(
-            lambda: process_tree.members(self.marker, sidecars, exclude={self.reaper.pid}),
-            polite=sidecars,
-            signum=signal.SIGTERM,
+        self.belongings.end(
+            self.keeper.pids(),
             grace_s=min(_SIDECAR_GRACE_S, self.config.shutdown_timeout_s),
             hurry=self.desk.hurry,
             between=self._reap_adopted,
         )
         self.keeper.reap()
         self.follower.stop()
-        self._remove_directories()
-
-    def _remove_directories(self) -> None:
-        for directory in self._directories:
-            shutil.rmtree(directory, ignore_errors=True)
+        self.belongings.remove_directories()
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the end into the run directory."""
@@ -316,24 +256,10 @@ class Supervisor:
     def _last_resort(self, signum: signal.Signals) -> None:
         """From the signal thread: the main thread is stuck where no signal handler runs. End it all and go."""
         self.keeper.stop_watching()
-        process_tree.terminate(
-            lambda: process_tree.members(self.marker, self.keeper.pids(), exclude={self.reaper.pid}),
-            polite=(),
-            signum=signal.SIGKILL,
-            grace_s=0,
-        )
-        self._remove_directories()
+        self.belongings.kill(self.keeper.pids)
+        self.belongings.remove_directories()
         message = f"ended by {signum.name}, by force: the launcher was stuck"
-        self._finish(self._outcome(SIGNALLED, 128 + signum, signal_name=signum.name, message=message))
+        self._finish(self.verdict.signalled(self.attempt, signum, message))
         logger.warning("%s", message)
-        self.reaper.dismiss()
+        self.belongings.dismiss_reaper()
         os._exit(128 + signum)
-
-
-def _become_subreaper() -> None:
-    """Have orphaned grandchildren handed to this process instead of to init, so that they are found and collected."""
-    pr_set_child_subreaper = 36
-    try:
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-    except (OSError, AttributeError):
-        logger.debug("no prctl: orphans are found by their environment alone")
