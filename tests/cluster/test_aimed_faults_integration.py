@@ -86,15 +86,17 @@ def test_a_cable_that_goes_inside_a_decision_and_stays_out_ends_the_launch_on_bo
 
 
 @slow
-def test_a_cable_that_is_out_for_10_seconds_inside_a_decision_costs_that_time_and_nothing_else(two, tmp_path):
+def test_a_cable_that_is_out_for_10_seconds_inside_a_decision_costs_time_and_nothing_else(two, tmp_path):
     launch = begin(two, tmp_path / "job", "decision", "--peer-timeout", "40")
     two.link("h1", "down")
+    cut = time.monotonic()
     (tmp_path / "job" / "go on").write_text("")
     time.sleep(10)
     two.link("h1", "up")
     for host in ("h0", "h1"):
-        code, output, seconds = launch.end(host, 60)
-        tell("cable out for 10 s inside a decision", host, code, 10 + seconds, output)
+        # TCP asks again at growing distances: until it notices that the cable is in, it took 16 s more.
+        code, output, _ = launch.end(host, 60)
+        tell("cable out for 10 s inside a decision", host, code, time.monotonic() - cut, output)
         assert code == 0, output
     assert_ended_alike(tmp_path / "job", 2)
 
