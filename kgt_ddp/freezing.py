@@ -34,6 +34,7 @@ from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
 from kgt_ddp.decider import Decider
 from kgt_ddp.execution_order import ExecutionOrder, watch
+from kgt_ddp.job_length import JobLength
 from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
 from kgt_ddp.policies.policy import Observation, Policy
@@ -47,6 +48,8 @@ from kgtrun.contract.events import EventWriter
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
+LONGEST_WAIT_S = 60.0
+"""For a reference, in runs that are to be repeatable; less where ranks do not wait for each other as long."""
 
 
 class Freezing:
@@ -57,9 +60,9 @@ class Freezing:
         policy: decides on rank 0 of the wrapper's group.
         policy_spec: its text, compared between ranks.
         blocks: units chosen by the user, or None.
-        total_steps: optimizer steps of the whole job, if known.
+        total_steps: optimizer steps of the whole job, if given; a policy that listens is told what `job_length` learns.
         interval: steps from one decision to the next.
-        deterministic: scores are waited for, so that the run can be repeated.
+        deterministic: scores are waited for and no time is measured, so that the run can be repeated.
         events: where decisions and applied masks are recorded.
 
     Raises:
@@ -100,6 +103,7 @@ class Freezing:
         self.guard = self._freezer.guard
         self._edge = self._freezer.edge
         self._decider = Decider(policy, events)
+        self._length = JobLength(total_steps, events)
         self._saved = SavedTime()
         self._signals: Signals | None = None
         self._profile: BackwardProfile | None = None
@@ -110,7 +114,8 @@ class Freezing:
         self._around_forward = ExitStack()
         self.cache = ActivationCache(ddp, self.blocks, events)
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # In order of their first step: a set's order is that of addresses, which no run repeats.
+        self._optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._applied: list[dict[str, Any]] = []
         optimizer_hooks.listen(self)
         atexit.register(_at_exit, weakref.ref(self))
@@ -173,7 +178,8 @@ class Freezing:
         return state
 
     def _rank_0_state(self) -> dict[str, Any]:
-        return {"policy": self._policy.state_dict()}
+        length = {**self._length.state_dict(), "num_ranks": self._group.size()}
+        return {"policy": self._policy.state_dict(), "job_length": length}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on where `state_dict()` left off. Call on every rank, before the first training forward.
@@ -212,6 +218,9 @@ class Freezing:
         self._resumed = state
 
     def _load_rank_0_state(self, state: Mapping[str, Any], *, same_policy: bool) -> None:
+        length = state.get("job_length", {})
+        if length.get("num_ranks") == self._group.size():  # on another number of ranks an epoch has other steps
+            self._length.load_state_dict(length)
         if same_policy:
             self._policy.load_state_dict(state["policy"])
 
@@ -267,7 +276,7 @@ class Freezing:
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         self.guard.after_step(optimizer)
         if self._owns(optimizer):
-            self._optimizers.add(optimizer)
+            self._optimizers[optimizer] = None
             if self.clock.optimizer_stepped():
                 self._step_ended()
 
@@ -275,6 +284,7 @@ class Freezing:
         self.guard.step_ended()
         if self._profile is not None:
             self._profile.step_ended()
+        self._length.step_ended(self.clock.step)
         self._saved.step_ended(time.monotonic(), frozen=self.mask.frontier > 0)
         heartbeat.beat(self.clock.step, frontier=self.mask.frontier, saved_s=self._saved.seconds)
 
@@ -291,7 +301,7 @@ class Freezing:
         self.hook.set_blocks(self._block_parameters())
         self.mask = Mask(0, len(self.blocks), self.mask.generation)
         self._begin_agreement()
-        if self._signals is not None:
+        if self._signals is not None and not self._deterministic:
             self._profile = BackwardProfile(self.blocks)
 
     def _begin_agreement(self) -> None:
@@ -310,7 +320,7 @@ class Freezing:
                 self._wrapper.module,
                 interval=self._interval,
                 local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-                deterministic=self._deterministic,
+                longest_wait_s=self._longest_wait_s() if self._deterministic else 0.0,
                 events=self._events,
             )
         self._events.write(
@@ -324,6 +334,9 @@ class Freezing:
         )
         if self.blocks.max_frontier == 0:
             logger.warning("the model has a single block: nothing can be frozen")
+
+    def _longest_wait_s(self) -> float:
+        return min(LONGEST_WAIT_S, torch_private.group_timeout(self._wrapper.process_group).total_seconds() / 2)
 
     # ---- decisions --------------------------------------------------------------------------------------------------
 
@@ -355,17 +368,20 @@ class Freezing:
     def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
         """Rank 0, one boundary after the collection of `signals`, one before the mask is applied."""
         step = self.clock.step
+        if self._policy.signals:
+            self._length.look(list(self._optimizers), step)
+        timed = not self._deterministic  # no two runs measure the same
         observation = Observation(
             step=step,
             apply_step=step + LAG - 1,
-            total_steps=self._total_steps,
+            total_steps=self._length.total_steps,
             num_blocks=len(self.blocks),
             frontier=self.mask.frontier,
             learning_rate=self._learning_rate(),
             lag_steps=self._signals.lag_steps if self._signals else None,
-            step_seconds=self._saved.unfrozen_step_s,
+            step_seconds=self._saved.unfrozen_step_s if timed else None,
             block_seconds=self._profile.block_seconds if self._profile else None,
-            apply_seconds=self._apply_s,
+            apply_seconds=self._apply_s if timed else None,
             signals=signals,
         )
         return self._decider.decide(observation)
@@ -380,7 +396,7 @@ class Freezing:
         """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
         started = time.perf_counter()
         old = self.mask.frontier
-        self._freezer.apply(self._wrapper, mask.frontier, self._optimizers)
+        self._freezer.apply(self._wrapper, mask.frontier, list(self._optimizers))
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})

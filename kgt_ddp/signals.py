@@ -1,8 +1,11 @@
 """Where the numbers of a listening policy come from, on each rank: scores of the reference, gradient norms.
 
 `Signals` owns this rank's connection to its reference process and what is accumulated between two decisions. It answers
-with one value a block or None ("don't know") and never waits, except in repeatable runs, where it waits for a score that
-is under way, with a bound.
+with one value a block or None ("don't know") and never waits.
+
+Except in repeatable runs. There a reference that is still starting is waited for, and from then on every decision waits for
+the scores of the weights handed over at the decision before, so that a score is always one interval old. The first wait
+that is in vain is the last one: it is said that the run cannot be repeated, and training goes on as any other.
 
 Names:
     plasticity, plasticity_2, plasticity_4    S(L), S(2L), S(4L): newest score at 1, 2 and 4 times the lag
@@ -33,8 +36,7 @@ FLOOR = "floor"
 GRAD_NORM = "grad_norm"
 
 PROBE_SAMPLES = 64
-LONGEST_WAIT_S = 60.0
-"""Repeatable runs wait this long for a score before they go on without it (and are no longer repeatable)."""
+CONNECTING_PAUSE_S = 0.05
 
 Values = list[float | None]
 
@@ -53,7 +55,8 @@ class Signals:
         model: what DDP wraps.
         interval: steps from one decision to the next.
         local_rank: chooses the reference of this node.
-        deterministic: wait for scores under way.
+        longest_wait_s: repeatable runs: how long to wait for the reference, or for scores under way, before the run goes
+            on without; the other ranks wait meanwhile, so it is less than what their collectives bear. 0: never wait.
     """
 
     def __init__(
@@ -64,12 +67,14 @@ class Signals:
         *,
         interval: int,
         local_rank: int,
-        deterministic: bool,
+        longest_wait_s: float,
         events: EventWriter,
     ) -> None:
         self._names = tuple(names)
         self._blocks = blocks
-        self._deterministic = deterministic
+        self._longest_wait_s = longest_wait_s
+        self._waits = False
+        self._device: torch.device | None = None
         self._events = events
         self._lags = score_lags(interval)
         self._norms: dict[int, torch.Tensor] = {}
@@ -84,7 +89,9 @@ class Signals:
             self._client = ReferenceClient.from_environment(local_rank)
             if self._client is not None:
                 watched = [b.name for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
-                self._client.offer_model(model, watched, lags=self._lags)
+                offered = self._client.offer_model(model, watched, lags=self._lags)
+                self._waits = longest_wait_s > 0 and offered
+                self._device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
 
     @property
     def wants_reference(self) -> bool:
@@ -129,14 +136,7 @@ class Signals:
 
     def _receive(self) -> None:
         assert self._client is not None
-        scores = self._client.poll()
-        deadline = time.monotonic() + LONGEST_WAIT_S
-        while self._deterministic and self._client.in_flight:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                logger.warning("no score came within %.0f s: this run can not be repeated exactly", LONGEST_WAIT_S)
-                break
-            scores += self._client.poll(left)
+        scores = self._await_all(self._client) if self._waits else self._client.poll()
         for score in scores:
             self._latest[score.lag_steps] = score
             self._events.write(
@@ -149,6 +149,31 @@ class Signals:
                 cost_s=score.cost_s,
                 cpu_s=score.cpu_s,
             )
+
+    def _await_all(self, client: ReferenceClient) -> list[Score]:
+        """All scores of what was handed over; before anything was, wait for the reference itself."""
+        if self._device is not None:  # or the last weights may still be leaving it, which nobody could wait for
+            torch.accelerator.synchronize(self._device)
+        deadline = time.monotonic() + self._longest_wait_s
+        scores = client.poll()
+        while client.in_flight or not client.connected:
+            if client.stats.submitted and not client.connected:
+                break
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._not_repeatable(f"the reference has not answered for {self._longest_wait_s:.0f} s")
+                return scores
+            if not client.connected:
+                time.sleep(CONNECTING_PAUSE_S)
+            scores += client.poll(left)
+        if not client.connected or client.stats.connections > 1:
+            self._not_repeatable("the connection to the reference broke")
+        return scores
+
+    def _not_repeatable(self, why: str) -> None:
+        self._waits = False
+        logger.warning("%s: training goes on, but cannot be repeated exactly", why)
+        self._events.write("not_repeatable", why=why)
 
     def _per_block(self, score: Score | None, field: str) -> Values:
         per_name = getattr(score, field) if score is not None else {}
