@@ -6,66 +6,33 @@ The stated bound: `--peer-timeout`, then `--shutdown-timeout` for ranks that do 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 
 from kgtrun.contract.events import read_events
-from tests.cluster.hosts import HERE, hosts, needs_hosts
+from tests.cluster.hosts import hosts, needs_hosts
+from tests.cluster.launch import BOUND_S, Launch
 from tests.cluster.slurm import JOB, number_in, wait_until
 
 pytestmark = [pytest.mark.cluster, needs_hosts]
 slow = pytest.mark.skipif(not os.environ.get("KGTRUN_FULL_TESTS"), reason="slow: set KGTRUN_FULL_TESTS=1")
 
-ROOT = str(HERE.parents[1])
-PEER_TIMEOUT_S, GRACE_S, SLACK_S = 6, 3, 15
 
+class Job(Launch):
+    """A job that trains slowly and writes down its step."""
 
-class Job:
-    """One launch on two hosts, training slowly; `ends` are what each host's launcher ended with."""
-
-    def __init__(self, cluster, folder, *options: str, steps: int = 2000, step_s: float = 0.05, count: int = 2) -> None:
-        self.cluster, self.folder, self.steps = cluster, folder, steps
-        folder.mkdir(exist_ok=True)
-        self.options, self.step_s, self.count = options, step_s, count
-        self.launchers: dict[str, subprocess.Popen[str]] = {}
-        for node in range(count):
-            self.start(node)
-
-    def start(self, node: int) -> None:
-        self.launchers[f"h{node}"] = self.cluster.start(
-            f"h{node}",
-            sys.executable, "-m", "kgtrun",
-            "--nnodes", str(self.count), "--node-rank", str(node), "--master-addr", "h0", "--master-port", "29400",
-            "--peer-timeout", str(PEER_TIMEOUT_S), "--shutdown-timeout", str(GRACE_S),
-            "--policy", "static:blocks=2,step=9", "--run-dir", str(self.folder / "run"),
-            *self.options, JOB, str(self.folder), str(self.steps), str(self.step_s),
-            PYTHONPATH=ROOT,
-        )  # fmt: skip
+    def __init__(self, cluster, folder, *options: str, steps: int = 2000, step_s: float = 0.05) -> None:
+        super().__init__(cluster, folder, JOB, str(folder), str(steps), str(step_s), options=options)
 
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: number_in(self.folder / "step") >= step, f"step {step}", 60)
-
-    def end(self, host: str, timeout_s: float) -> tuple[int, str, float]:
-        """Exit code, output and seconds until the launcher of `host` ended."""
-        begun = time.monotonic()
-        try:
-            output, _ = self.launchers[host].communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.launchers[host].kill()
-            raise AssertionError(f"the launcher of {host} had not ended after {timeout_s} s") from None
-        return self.launchers[host].returncode, output, time.monotonic() - begun
 
 
 @pytest.fixture
 def two(tmp_path):
     with hosts(2, tmp_path / "net") as cluster:
         yield cluster
-
-
-BOUND_S = PEER_TIMEOUT_S + GRACE_S + SLACK_S
 
 
 def test_a_cable_that_stays_out_ends_the_launch_on_both_hosts(two, tmp_path):
