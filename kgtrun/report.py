@@ -15,7 +15,7 @@ from kgtrun.contract.run_dir import RunDir
 
 Event = dict[str, Any]
 
-TROUBLES = ("rank_failure", "hang", "reference_exit", "reference_error", "reference_refused")
+TROUBLES = ("rank_failure", "hang", "reference_exit", "reference_error", "reference_refused", "not_repeatable")
 """Kinds of events that tell of something that went wrong, as the launcher and the references write them."""
 
 
@@ -62,6 +62,9 @@ def _job(events: list[Event]) -> str:
         return "Nothing could be frozen: no FreezeAwareDDP took part, or it never trained."
     names = [b["name"] for b in blocks["blocks"]]
     total = f" of {blocks['total_steps']} steps" if blocks.get("total_steps") else ""
+    learned = _first(events, "job_length")
+    if not total and learned is not None and learned["total_steps"]:
+        total = f" of {learned['total_steps']} steps, as {learned['source']} has it"
     return (
         f"Policy {blocks['policy']}{total}, a decision every {blocks['interval']} steps.\n"
         f"{len(names)} blocks, front to back: {', '.join(names)}"

@@ -8,13 +8,13 @@ from kgtrun.contract.events import EventWriter
 from kgtrun.report import main, report
 
 
-def recorded(root, *, freezes=True):
+def recorded(root, *, freezes=True, total_steps=100):
     for rank in (0, 1):
         writer = EventWriter.for_process(root, role="trainer", index=rank)
         writer.write(
             "blocks",
             policy="linear",
-            total_steps=100,
+            total_steps=total_steps,
             interval=5,
             blocks=[{"name": "stem"}, {"name": "head"}],
         )
@@ -49,6 +49,14 @@ def test_a_report_says_what_froze_when_and_why_and_what_it_saved(tmp_path):
     assert "1 MB of 4 MB (25%), counted" in text
     assert "about 12.3 s, estimated" in text
     assert "applying 1 masks: 4 ms" in text
+
+
+def test_a_length_that_was_learned_is_told_with_its_source(tmp_path):
+    recorded(tmp_path, total_steps=None)
+    writer = EventWriter.for_process(tmp_path, role="trainer", index=0)
+    writer.write("job_length", step=40, total_steps=100, source="CosineAnnealingLR", steps_per_move=1.0)
+    writer.close()
+    assert "of 100 steps, as CosineAnnealingLR has it" in report(tmp_path)
 
 
 def test_a_run_that_froze_nothing_says_so(tmp_path):
