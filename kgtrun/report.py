@@ -16,7 +16,7 @@ from kgtrun.contract.run_dir import RunDir
 Event = dict[str, Any]
 
 TROUBLES = ("rank_failure", "hang", "reference_exit", "reference_error", "reference_refused", "not_repeatable")
-"""Kinds of events that tell of something that went wrong, as the launcher and the references write them."""
+"""Kinds of events that tell of something that went wrong, as launcher, trainers and references write them."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -101,5 +101,7 @@ def test_every_kind_of_trouble_is_one_that_some_process_writes():
     from kgtrun.report import TROUBLES
 
     root = Path(__file__).resolve().parents[2]
-    sources = "".join(p.read_text() for room in ("launcher", "kgt_ddp/reference") for p in (root / room).glob("*.py"))
+    sources = "".join(
+        p.read_text() for room in ("launcher", "kgt_ddp", "kgt_ddp/reference") for p in (root / room).glob("*.py")
+    )
     assert [kind for kind in TROUBLES if f'"{kind}"' not in sources] == []
