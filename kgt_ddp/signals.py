@@ -163,9 +163,11 @@ class Signals:
             if left <= 0:
                 self._not_repeatable(f"the reference has not answered for {self._longest_wait_s:.0f} s")
                 return scores
-            if not client.connected:
+            if client.connected:
+                scores += client.poll(left)
+            else:
                 time.sleep(CONNECTING_PAUSE_S)
-            scores += client.poll(left)
+                scores += client.poll()  # once connected, nothing is under way that a longer wait could bring
         if not client.connected or client.stats.connections > 1:
             self._not_repeatable("the connection to the reference broke")
         return scores
