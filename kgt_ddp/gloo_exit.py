@@ -7,14 +7,14 @@ us, too (an `all_reduce` just before the end is enough, on a machine whose cores
 the whole job. So, before the interpreter goes: what is under way is never freed, and gloo's threads get the time to put
 away what they have finished.
 
-Owns the exit handler; nothing else of the package registers one for torch.
+Owns that exit handler, of which there is one a process.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
-import os
+import glob
 import time
 import weakref
 from typing import Any, Protocol
@@ -54,18 +54,17 @@ def _settle() -> None:
     deadline, quiet = time.monotonic() + _BOUND_S, 0
     while quiet < _QUIET_LOOKS and time.monotonic() < deadline:
         time.sleep(_NAP_S)
-        quiet = 0 if _busy_threads() else quiet + 1
+        quiet = 0 if _any_thread_is_busy() else quiet + 1
 
 
-def _busy_threads() -> list[int]:
-    """Ids of gloo threads that run or would like to."""
-    busy = []
-    try:
-        for entry in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{entry}/stat") as stat:
+def _any_thread_is_busy() -> bool:
+    """Whether a gloo thread runs, or would like to."""
+    for path in glob.iglob("/proc/self/task/*/stat"):
+        try:
+            with open(path) as stat:
                 name, _, rest = stat.read().partition("(")[2].rpartition(")")
-            if name == THREAD_NAME[:15] and rest.split()[0] == "R":
-                busy.append(int(entry))
-    except OSError:  # no /proc, or a thread that has just ended
-        return busy
-    return busy
+        except OSError:  # a thread that has just ended
+            continue
+        if name == THREAD_NAME[:15] and rest.split()[0] == "R":
+            return True
+    return False

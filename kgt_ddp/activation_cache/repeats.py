@@ -33,7 +33,7 @@ class RepeatWatch:
 
     Args:
         world_size: ranks among which each epoch's samples are dealt anew: a rank sees that share of its own again.
-        most: chosen samples that are remembered, 8 bytes each.
+        most: chosen samples that are remembered, about 100 bytes each.
     """
 
     def __init__(self, world_size: int = 1, *, most: int = 1_000_000) -> None:

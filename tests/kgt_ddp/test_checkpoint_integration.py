@@ -6,8 +6,6 @@ here decides by what it has seen, in a list that grows, and as every policy it s
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.policy import Decision
 from tests.kgt_ddp.networks import SmallResNet
-from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, train
+from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, told, train
 
 pytestmark = pytest.mark.integration
 
@@ -120,10 +118,7 @@ def test_a_distributed_checkpoint_resumes_as_torch_save_does(run_ranks, tmp_path
 
 
 def without_freezing(rank, world, folder):
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("kgt_ddp").addHandler(handler)
+    messages = told()
     ddp, optim = fresh()
     dcp.save({"model": ddp.module.state_dict()}, checkpoint_id=folder)
     state = {"model": ddp.module.state_dict(), "freezing": ddp.freezing}
@@ -139,10 +134,7 @@ def test_a_distributed_checkpoint_without_freezing_loads_unfrozen_and_says_so(ru
 
 
 def saved_by_the_wrong_rank(rank, world):
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("kgt_ddp").addHandler(handler)
+    messages = told()
     ddp, optim = fresh()
     train(ddp, optim, rank=rank, steps=range(STOP))
     state = [ddp.freezing.state_dict()]

@@ -11,7 +11,7 @@ import torch
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.networks import SmallResNet
-from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, train
+from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, told, train
 
 pytestmark = pytest.mark.integration
 
@@ -92,12 +92,7 @@ def test_the_freezing_carries_over_to_another_number_of_ranks(run_ranks):
 
 
 def without_state(rank, world):
-    import logging
-
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("kgt_ddp").addHandler(handler)
+    messages = told()
     ddp, optimizer = fresh()
     ddp.freezing.load_state_dict(None)
     train(ddp, optimizer, rank=rank, steps=range(3))

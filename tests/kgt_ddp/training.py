@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=5e-4),
     "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1),
 }
+
+
+def told() -> list[str]:
+    """Messages of kgt_ddp's log from now on, as they come. For a rank's own process, which ends with its test."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("kgt_ddp").addHandler(handler)
+    return messages
 
 
 def image_batch(step: int, rank: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,29 +65,35 @@ def test_two_nodes_meet(runs, how):
     assert sorted("".join(node.out for node in found).splitlines()) == ["0 2 0", "1 2 1"]
 
 
-def test_a_failing_rank_ends_the_other_node_too_and_both_name_it(runs):
-    port = free_port()
-    script = runs.script("import os, sys, time; sys.exit(9) if os.environ['RANK'] == '1' else time.sleep(60)")
-    args = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+def seconds_until_both_name_rank_1(runs, script) -> float:
+    """Of two nodes whose rank 1 ends with 9: both end with that code, and say who failed first."""
+    args = [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}",
+        "--rdzv-id",
+        "job",
+    ]
     begun = time.monotonic()
     nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script) for _ in range(2)]
     found = [runs.finish(node, 120) for node in nodes]
     assert [node.code for node in found] == [9, 9], found
     assert all("First failure: rank 1" in node.err for node in found)
-    assert time.monotonic() - begun < 55  # the sleeping rank would take 60
+    return time.monotonic() - begun
+
+
+def test_a_failing_rank_ends_the_other_node_too_and_both_name_it(runs):
+    script = runs.script("import os, sys, time; sys.exit(9) if os.environ['RANK'] == '1' else time.sleep(60)")
+    assert seconds_until_both_name_rank_1(runs, script) < 55  # the sleeping rank would take 60
 
 
 def test_a_node_that_is_done_does_not_wait_for_one_that_has_failed(runs):
     """Torch's exit barrier would hold it for 300 s, and it would then say that all went well."""
-    port = free_port()
     script = runs.script("import os, sys, time\nif os.environ['RANK'] == '1':\n    time.sleep(4)\n    sys.exit(9)\n")
-    args = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
-    begun = time.monotonic()
-    nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script) for _ in range(2)]
-    found = [runs.finish(node, 120) for node in nodes]
-    assert [node.code for node in found] == [9, 9], found
-    assert all("First failure: rank 1" in node.err for node in found)
-    assert time.monotonic() - begun < 60
+    assert seconds_until_both_name_rank_1(runs, script) < 60
 
 
 def test_a_usage_error_is_two_and_names_the_nearest(runs):
