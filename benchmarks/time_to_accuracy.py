@@ -12,9 +12,11 @@ of the machine falls on all. What is measured, how and against what, is in `benc
 
 A full run takes hours. Each finished run is a line in `runs/time_to_accuracy/runs.jsonl`; starting again goes on with what
 is missing, as long as the sizes are the same. What was stopped in mid-run starts over, without the plain run if that has
-ended before; the results say so (`same_turns_as_plain`). Results of the full sizes go to `benchmarks/results/`, also into
-`summary.json`, and the finished runs go there, too: a fresh clone goes on where the last commit of results stopped. With
-other sizes all stays in `runs/time_to_accuracy/`.
+ended before; the results say so (`same_turns_as_plain`). While there is a file `hold` beside it, no turn begins: the
+machine is free for something else, and no run's time is spoiled.
+
+Results of the full sizes go to `benchmarks/results/`, also into `summary.json`, and the finished runs go there, too: a
+fresh clone goes on where the last commit of results stopped. With other sizes all stays in `runs/time_to_accuracy/`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -138,6 +141,8 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
         turn_number = 0
         while jobs:
             for policy in order_of_round(list(jobs), turn_number):
+                while (folder / "hold").exists():
+                    time.sleep(1)
                 job = jobs[policy]
                 try:
                     turn = job.turn()

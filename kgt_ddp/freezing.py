@@ -112,7 +112,9 @@ class Freezing:
         self._training = False
         self._order: ExecutionOrder | None = None
         self._around_forward = ExitStack()
-        self.cache = ActivationCache(ddp, self.blocks, events)
+        self.cache = ActivationCache(
+            ddp, self.blocks, events, progress=lambda: (self.clock.step, self._length.total_steps)
+        )
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
         # In order of their first step: a set's order is that of addresses, which no run repeats.
         self._optimizers: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
@@ -361,6 +363,7 @@ class Freezing:
         signals = None
         if self._signals is not None and self._agreement.wants_signals(self.clock.step):
             signals = self._signals.collect(self.clock.step, self.mask.generation)
+            self._length.look(list(self._optimizers), self.clock.step)
         mask = self._agreement.advance(self.clock.step, self.mask, signals)
         if mask is not None:
             self._apply(mask)
@@ -368,8 +371,6 @@ class Freezing:
     def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
         """Rank 0, one boundary after the collection of `signals`, one before the mask is applied."""
         step = self.clock.step
-        if self._policy.signals:
-            self._length.look(list(self._optimizers), step)
         timed = not self._deterministic  # no two runs measure the same
         observation = Observation(
             step=step,

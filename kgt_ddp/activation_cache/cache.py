@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from kgt_ddp.activation_cache.gate import Gate
 from kgt_ddp.activation_cache.options import CacheOptions
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.activation_cache.recut import Progress, worth_recutting
 from kgt_ddp.activation_cache.repeats import RepeatWatch
 from kgt_ddp.activation_cache.session import Session
 from kgt_ddp.activation_cache.writer import Writer
@@ -47,10 +48,17 @@ class ActivationCache:
         ddp: the wrapper; held weakly.
         blocks: its partition, whose frontier the cache follows.
         events: where states and totals are recorded.
+        progress: step and steps of the whole job (None: not known), the same on all ranks.
     """
 
     def __init__(
-        self, ddp: nn.Module, blocks: Blocks, events: EventWriter, options: CacheOptions | None = None
+        self,
+        ddp: nn.Module,
+        blocks: Blocks,
+        events: EventWriter,
+        options: CacheOptions | None = None,
+        *,
+        progress: Callable[[], tuple[int, int | None]] = lambda: (0, None),
     ) -> None:
         self.options = options if options is not None else CacheOptions.from_environment()
         self.counters = Counters()
@@ -63,6 +71,9 @@ class ActivationCache:
         self._writer = Writer(self._folder.may_grow)
         self._prefetch = Prefetch()
         self._session: Session | None = None
+        self._progress = progress
+        self._frontier = 0
+        """At the last forward."""
         self._said: tuple[Any, ...] = ()
         self._ids: Sequence[int] | None = None
         self._repeats = RepeatWatch(_world_size(ddp))
@@ -98,17 +109,21 @@ class ActivationCache:
         self._tell()
 
     def _wonders(self) -> bool:
-        """Whether it is of use to know if samples come again."""
-        return self.options.mode == "auto" and self.off is None and self.state != "open"
+        """Whether it is of use to know if samples come again, and when."""
+        if self.off is not None:
+            return False
+        return self._repeats.epoch is None or (self.options.mode == "auto" and self.state != "open")
 
     def _session_now(self) -> Session | None:
-        """The session of the current frontier; None where nothing is frozen."""
+        """The session of the current frontier, or of one before it; None where nothing is frozen."""
         frontier = self._blocks.frontier
         if self.off is not None:
             return None
-        if self._session is not None and self._session.prefix.frontier != frontier:
-            self._session.close(discard=True)
-            self._session = None
+        if frontier != self._frontier:
+            self._frontier = frontier
+            if self._session is not None and not self._stays(self._session, frontier):
+                self._session.close(discard=True)
+                self._session = None
         if self._session is None and frontier:
             ddp = self._ddp()
             assert ddp is not None, "a cache does not outlive its wrapper"
@@ -125,6 +140,18 @@ class ActivationCache:
                 gate=self._gate(),
             )
         return self._session
+
+    def _stays(self, session: Session, frontier: int) -> bool:
+        """Whether the records of the session's cut go on being used, now that the frontier is another one."""
+        if session.prefix.cut > frontier or session.state in ("refused", "closed"):
+            return False
+        step, total_steps = self._progress()
+        progress = Progress(
+            epoch=self._repeats.epoch, num_samples=self._repeats.num_samples, step=step, total_steps=total_steps
+        )
+        return not worth_recutting(
+            session.prefix.cut, frontier, progress, num_filled=session.num_looked_up, finds=session.finds
+        )
 
     def _gate(self) -> Gate | None:
         """One for a new frontier, which knows what was seen of the data until now; None where nothing shall stop it."""
@@ -150,16 +177,16 @@ class ActivationCache:
             return
         state = session.state
         reason = session.refused or session.gate.reason or "it is used wherever it can be"
-        said = (session.prefix.frontier, state, session.refused)
+        said = (session.prefix.cut, state, session.refused)
         if said == self._said or (state == "trying" and not self._said):
             self._said = said
             return
         self._said = said
-        self._events.write("cache", state=state, reason=reason, frontier=session.prefix.frontier, **self._totals())
+        self._events.write("cache", state=state, reason=reason, cut=session.prefix.cut, **self._totals())
         if state == "refused":
-            logger.warning("activation cache: the first %d blocks go uncached: %s", session.prefix.frontier, reason)
+            logger.warning("activation cache: the first %d blocks go uncached: %s", session.prefix.cut, reason)
         else:
-            logger.info("activation cache: %s at frontier %d: %s", state, session.prefix.frontier, reason)
+            logger.info("activation cache: %s behind block %d: %s", state, session.prefix.cut - 1, reason)
 
     # ---- for loaders ------------------------------------------------------------------------------------------------
 

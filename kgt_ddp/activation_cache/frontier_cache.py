@@ -50,6 +50,8 @@ class FrontierCache:
 
     Attributes:
         wrong: what a spot check found, or None.
+        finds: whether the latest batch was there, or enough of it.
+        num_looked_up: samples of all batches.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class FrontierCache:
         self._gate, self._prefetch, self._counters = gate, prefetch, counters
         self._tolerance = tolerance
         self._until_spot_check = 1
-        self._found_last = False
+        self.finds = False
+        self.num_looked_up = 0
         self._ignored: dict[SampleIds, bool] = {}
         self._last = time.perf_counter()
 
@@ -82,6 +85,7 @@ class FrontierCache:
         spent = Spent(samples=batch.size, lookup_s=key_s)
         value, found, spent = self._look_up(batch, spent, arrival)
         hits = int(found.sum())
+        self.num_looked_up += batch.size
         self._counters.batches += 1
         self._counters.hits += hits
         self._counters.misses += batch.size - hits
@@ -132,15 +136,15 @@ class FrontierCache:
         if ahead is not None:
             found, tensors = ahead.found, ahead.tensors
             self._counters.prefetched += int(found.sum())
-        elif not self._found_last and (there := self._seem_there(batch)).mean() < WORTH_JOINING:
+        elif not self.finds and (there := self._seem_there(batch)).mean() < WORTH_JOINING:
             return None, there, replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
         else:
             tensors, rows = codec.empty_rows(batch, pinned=codec.on_cuda)
             found = np.array([self._table.get(k, segments(rows, sizes[i], i)) for i, k in enumerate(batch.keys)])
         self._counters.bytes_read += sum(sum(sizes[i]) for i in np.flatnonzero(found))
         spent = replace(spent, lookup_s=spent.lookup_s + time.perf_counter() - started)
-        self._found_last = bool(found.mean() >= WORTH_JOINING)
-        if not self._found_last:
+        self.finds = bool(found.mean() >= WORTH_JOINING)
+        if not self.finds:
             return None, found, spent
         if arrival is not None and not found[list(arrival.waiting)].all():
             return None, found, spent  # a record that was there a moment ago: rare, so all of the batch is computed

@@ -1,7 +1,8 @@
 """The frozen prefix as the cache sees it: what is skipped, what speaks against it, and whose outputs these are.
 
-`Prefix` is made for one frontier. Its *parts* are the modules that need not compute: the units of the frozen blocks and,
-in front of them, the outermost strays (a stem, embeddings). The last unit is the *frontier unit*, whose output is cached.
+`Prefix` is made for one cut: the frontier, or one in front of it when the frontier has moved on (`recut`). Its *parts* are
+the modules that need not compute: the units of the blocks in front of the cut and, in front of them, the outermost strays (a
+stem, embeddings). The last unit is the *frontier unit*, whose output is cached.
 
 `digest` names everything that the output depends on besides the sample: weights and buffers, the block table, the modules'
 settings and source code, torch's version. `changed` tells cheaply whether weights were written since, by version counters
@@ -36,8 +37,8 @@ class Prefix:
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
         self._model = model
-        self.frontier = blocks.frontier
-        self.blocks: list[Block] = list(blocks.blocks[: blocks.frontier])
+        self.cut = blocks.frontier
+        self.blocks: list[Block] = list(blocks.blocks[: self.cut])
         self._shared = blocks.shared_in_prefix()
         self._names = {id(m): n or type(m).__name__ for n, m in model.named_modules()}
         self.unit = self.blocks[-1].unit if self.blocks else None
@@ -100,7 +101,7 @@ class Prefix:
 
     def digest(self) -> str:
         """See the module docstring; 32 hex digits. Reads all weights of the prefix once."""
-        state = xxhash.xxh3_128(f"{FORMAT}{torch.__version__}{self.frontier}{self._table}".encode())
+        state = xxhash.xxh3_128(f"{FORMAT}{torch.__version__}{self.cut}{self._table}".encode())
         for module in [self._model, *self._inside]:
             state.update(f"{type(module).__module__}.{type(module).__qualname__}".encode())
             state.update(_source(type(module)).encode())

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 ONE_IN = 16
 _RECENT = 512
 """Chosen samples over which the share of repeats is taken; `ONE_IN` times as many have passed."""
+_ONSET = 32
+"""Chosen samples among which enough have to come again for a new epoch to have begun."""
 _TOKENS = 16
 _ELEMENTS = 64
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -43,6 +45,9 @@ class RepeatWatch:
         self._most = most
         self._last: dict[int, int] = {}
         self._recent: deque[bool] = deque(maxlen=_RECENT)
+        self._onset: deque[tuple[int, bool]] = deque(maxlen=_ONSET)
+        self.epoch: int | None = None
+        """Samples of this rank that passed before the first of them came again: its part of an epoch; None until then."""
         self._num_again = self._distances = 0
 
     def note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -53,12 +58,21 @@ class RepeatWatch:
         for mark in marks[marks % np.uint64(ONE_IN) == 0].tolist():
             before = self._last.get(mark)
             self._recent.append(before is not None)
+            self._look_for_onset(before is not None)
             if before is not None:
                 self._num_again += 1
                 self._distances += self.num_samples - before
             if before is not None or len(self._last) < self._most:
                 self._last[mark] = self.num_samples
         self.num_samples += len(marks)
+
+    def _look_for_onset(self, again: bool) -> None:
+        if self.epoch is not None:
+            return
+        self._onset.append((self.num_samples, again))
+        came_again = [at for at, one in self._onset if one]
+        if len(came_again) >= max(self._least_share * _ONSET, 3):  # a few twins in the data are no epoch
+            self.epoch = came_again[0]
 
     @property
     def period(self) -> int | None:

@@ -1,8 +1,8 @@
-"""The cache at one frontier, from its first batch on: may it be cached, and what has to be known before it is.
+"""The cache at one cut, from its first batch on: may it be cached, and what has to be known before it is.
 
 States: *new* -> *watched* (one forward has shown no collectives) -> *measured* (the prefix was timed once) -> *ready*
 (the first use was checked, a file is open) -> *refused* (uncached for good, with a reason), which any state can turn into.
-A refusal belongs to the frontier: the next one starts anew. All of it concerns this rank only; nothing here communicates.
+A refusal belongs to the cut: the next one starts anew. All of it concerns this rank only; nothing here communicates.
 What is done with a batch once all is ready is `frontier_cache`'s.
 """
 
@@ -78,6 +78,16 @@ class Session:
         if self.refused is not None:
             return "refused"
         return self.gate.state if self._gated else "open"
+
+    @property
+    def finds(self) -> bool:
+        """Whether the latest batch was there, or a good part of it."""
+        return self._ready is not None and self._ready.finds
+
+    @property
+    def num_looked_up(self) -> int:
+        """Samples that were looked up at this cut."""
+        return self._ready.num_looked_up if self._ready is not None else 0
 
     @contextmanager
     def forward(

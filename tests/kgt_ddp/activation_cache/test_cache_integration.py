@@ -232,6 +232,39 @@ def test_the_cache_follows_the_frontier_forward_and_back(run_ranks, tmp_path):
     assert kinds.count("cache_end") == 2
 
 
+def moving_late(rank, world, folder):
+    results = []
+    for mode in ("on", "off"):
+        os.environ.update(KGTRUN_CACHE=mode, KGTRUN_CACHE_DIR=str(folder), KGTRUN_CACHE_DTYPE="exact")
+        torch.manual_seed(0)
+        policy = Replay([(1, 1), (20, 2), (99, 3)])
+        ddp = FreezeAwareDDP(SmallResNet(), policy=policy, interval=3, total_steps=120)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+        losses, counts = [], {}
+        for step, (x, y) in enumerate(batch for _ in range(10) for batch in DataLoader(data(), BATCH, shuffle=True)):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(ddp(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            ddp.freezing.cache.drain()
+            counts[step] = copy.copy(ddp.freezing.cache.counters)
+        frontier = ddp.freezing.frontier
+        ddp.freezing.close()
+        results.append((losses, counts, frontier, len(os.listdir(folder))))
+    return results
+
+
+def test_late_in_a_job_the_frontier_moves_on_and_the_cut_stays(run_ranks, tmp_path):
+    """Blocks between cut and frontier are computed from the old records: all batches go on hitting, and nothing is lost."""
+    (((ours, counts, frontier, num_files), (theirs, *_)),) = run_ranks(1, moving_late, tmp_path)
+    assert ours == theirs
+    assert frontier == 3
+    assert num_files == 1, "the first cut's file is gone, and the third block never had one"
+    assert counts[119].misses == counts[90].misses
+    assert counts[119].full_batches - counts[90].full_batches == 29
+
+
 def checkpointed(rank, world, folder):
     make = lambda: SmallViT(checkpointing="reentrant")  # noqa: E731
     runs = [train(rank, world, folder, 3, mode=mode, make=make) for mode in ("on", "off")]

@@ -27,6 +27,7 @@ def test_a_shuffled_data_set_repeats_after_an_epoch():
     epochs(watch, data(), 2)
     assert watch.share > 0.6 and not watch.in_vain(1_000)
     assert 1_800 < watch.period < 2_200
+    assert 1_950 < watch.epoch < 2_100
 
 
 def test_augmented_samples_do_not_repeat():
@@ -43,6 +44,16 @@ def test_one_rank_of_four_sees_a_quarter_of_its_samples_again():
         for start in range(0, 2_000, 50):
             watch.note((samples[order[start : start + 50]],), {})
     assert 0.1 < watch.share < 0.6 and not watch.in_vain(1_000)
+    assert 1_900 < watch.epoch < 2_600, "the rank's own part, however rarely it sees a sample again"
+
+
+def test_a_few_twins_are_no_new_epoch():
+    watch, samples = RepeatWatch(), data(8_000)
+    samples[::100] = samples[1::100]
+    epochs(watch, samples, 1)
+    assert watch.share > 0 and watch.epoch is None
+    epochs(watch, samples, 1)
+    assert 7_400 < watch.epoch < 8_200
 
 
 def test_texts_are_told_apart_whatever_they_are_padded_to():
