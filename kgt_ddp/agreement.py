@@ -5,7 +5,7 @@ that spans exactly the ranks of the wrapped DDP. All ranks call `advance` at the
 issue the same collectives in the same order:
 
     boundary s      (every `interval` steps) signals: one asynchronous sum of values and counts, a pair a block
-    next boundary   wait for the sums; rank 0's policy decides; one asynchronous broadcast of the mask
+    next boundary   wait for the sums; rank 0's policy decides; one asynchronous broadcast of the mask and the interval
     the one after   wait for the mask; a blocking exchange of (present mask, coming mask) that raises
                     `MaskMismatchError` on every rank when they are not all equal; then it is applied
 
@@ -63,6 +63,7 @@ class Agreement:
         signals: names of the per-block signals the policy reads, the same on all ranks.
         interval: boundaries from one collection to the next, at least `LAG + 1`.
         decide: rank 0's decision, from mean signals to a frontier. Called on rank 0 only.
+        pace: rank 0's choice of the interval from now on, called with the present one after each decision.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Agreement:
         signals: Sequence[str],
         interval: int,
         decide: Decide,
+        pace: Callable[[int], int] = lambda interval: interval,
     ) -> None:
         if interval <= LAG:
             raise ValueError(f"interval {interval} is too short: at least {LAG + 1} steps")
@@ -82,6 +84,7 @@ class Agreement:
         self._signals = tuple(signals)
         self._interval = interval
         self._decide = decide
+        self._pace = pace
         self._next_step = 0
         self._kept: list[Any] = []
         """Finished Works, kept for the reason given in `comm_hook`."""
@@ -91,6 +94,7 @@ class Agreement:
 
     @property
     def interval(self) -> int:
+        """Steps from one collection to the next, the same on all ranks at any step."""
         return self._interval
 
     def wants_signals(self, step: int) -> bool:
@@ -108,13 +112,14 @@ class Agreement:
             self._bounded("an exchange under way", work.wait)
         return {
             "next_step": self._next_step,
+            "interval": self._interval,
             "sums": self._sums[0].tolist() if self._sums else None,
             "mask": self._mask[0].tolist() if self._mask else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the same on all ranks."""
-        self._next_step = state["next_step"]
+        self._next_step, self._interval = state["next_step"], state["interval"]
         sums, mask = state["sums"], state["mask"]
         self._sums = None if sums is None else (torch.tensor(sums, dtype=torch.float64), None)
         self._mask = None if mask is None else (torch.tensor(mask, dtype=torch.int64), None)
@@ -143,13 +148,17 @@ class Agreement:
             MaskMismatchError, AgreementError: see the module docstring.
         """
         if self._mask is not None:
-            return self._finish(current)
+            return self._finish(step, current)
         if self._sums is not None:
             self._answer(current)
         elif step >= self._next_step:
-            self._next_step = (step // self._interval + 1) * self._interval
+            self._next_step = self._step_after(step)
             self._collect(signals or {})
         return None
+
+    def _step_after(self, step: int) -> int:
+        """The next multiple of the interval."""
+        return (step // self._interval + 1) * self._interval
 
     def _collect(self, signals: Signals) -> None:
         sums = torch.zeros(len(self._signals), self._num_blocks, 2, dtype=torch.float64)
@@ -168,11 +177,11 @@ class Agreement:
             self._bounded("the signals of all ranks", work.wait)
             self._kept = [work]
         self._sums = None
-        message = torch.zeros(self._num_blocks + 1, dtype=torch.int64)
+        message = torch.zeros(self._num_blocks + 2, dtype=torch.int64)
         if self._rank == 0:
             frontier = self._decide(self._means(sums))
             mask = current if frontier == current.frontier else current.moved_to(frontier)
-            message = torch.tensor([mask.generation, *mask.encode()], dtype=torch.int64)
+            message = torch.tensor([self._pace(self._interval), mask.generation, *mask.encode()], dtype=torch.int64)
         self._mask = (message, dist.broadcast(message, group_src=0, group=self._group, async_op=True))
 
     def _means(self, sums: torch.Tensor) -> dict[str, tuple[float | None, ...]]:
@@ -181,14 +190,17 @@ class Agreement:
             for row, name in enumerate(self._signals)
         }
 
-    def _finish(self, current: Mask) -> Mask | None:
+    def _finish(self, step: int, current: Mask) -> Mask | None:
         assert self._mask is not None
         message, work = self._mask
         if work is not None:
             self._bounded("the mask to travel from rank 0", work.wait)
         self._mask = None
         self._kept = [work]
-        generation, *flags = message.tolist()
+        interval, generation, *flags = message.tolist()
+        if interval != self._interval:
+            self._interval = interval
+            self._next_step = self._step_after(step)
         mask = Mask.decode(flags, generation)
         self.prove_equal_masks(current, mask)
         return None if mask == current else mask

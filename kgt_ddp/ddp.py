@@ -18,7 +18,6 @@ from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from kgt_ddp import gloo_exit, torch_private
-from kgt_ddp.agreement import LAG
 from kgt_ddp.comm_hook import freeze_hook
 from kgt_ddp.errors import FreezingUnsupportedError, KgtError, PolicyError
 from kgt_ddp.freezing import Freezing
@@ -98,7 +97,7 @@ class FreezeAwareDDP(DistributedDataParallel):
                 policy_spec=spec,
                 blocks=blocks,
                 total_steps=total_steps,
-                interval=interval if interval is not None else _interval(total_steps),
+                interval=interval,
                 deterministic=environment.flag(environment.DETERMINISTIC),
                 events=EventWriter.for_process(
                     os.environ.get(environment.RUN_DIR), role="trainer", index=int(os.environ.get("RANK", "0"))
@@ -154,8 +153,3 @@ class FreezeAwareDDP(DistributedDataParallel):
 def _inactive(reason: str, level: int = logging.INFO) -> Inactive:
     logger.log(level, "kgtrun: freezing is off: %s", reason)
     return Inactive(reason)
-
-
-def _interval(total_steps: int | None) -> int:
-    """Steps from one decision to the next: about 150 decisions a job, which is what the policies are calibrated for."""
-    return 10 if not total_steps else min(max(total_steps // 150, LAG + 1), 50)

@@ -31,6 +31,7 @@ from kgt_ddp.activation_cache.cache import ActivationCache
 from kgt_ddp.agreement import LAG, Agreement, control_group
 from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
+from kgt_ddp.cadence import coarser, interval_for
 from kgt_ddp.comm_hook import FreezeHookState
 from kgt_ddp.decider import Decider
 from kgt_ddp.execution_order import ExecutionOrder, watch
@@ -47,7 +48,7 @@ from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 LONGEST_WAIT_S = 60.0
 """For a reference, in runs that are to be repeatable; less where ranks do not wait for each other as long."""
 
@@ -61,7 +62,7 @@ class Freezing:
         policy_spec: its text, compared between ranks.
         blocks: units chosen by the user, or None.
         total_steps: optimizer steps of the whole job, if given; a policy that listens is told what `job_length` learns.
-        interval: steps from one decision to the next.
+        interval: steps from one decision to the next, all along; None: `cadence` chooses it.
         deterministic: scores are waited for and no time is measured, so that the run can be repeated.
         events: where decisions and applied masks are recorded.
 
@@ -80,7 +81,7 @@ class Freezing:
         policy_spec: str,
         blocks: Iterable[str | nn.Module] | None,
         total_steps: int | None,
-        interval: int,
+        interval: int | None,
         deterministic: bool,
         events: EventWriter,
     ) -> None:
@@ -88,7 +89,9 @@ class Freezing:
         self._policy = policy
         self._policy_spec = policy_spec
         self._total_steps = total_steps
-        self._interval = interval
+        self._interval = interval if interval is not None else interval_for(total_steps)
+        self._paced = interval is None and total_steps is None and bool(policy.signals)
+        """Whether the interval may become longer on the way."""
         self._deterministic = deterministic
         self._events = events
         self.blocks = Blocks(ddp.module, None if blocks is None else list(blocks))
@@ -213,6 +216,7 @@ class Freezing:
         self._begin_agreement()
         if state["policy_spec"] == self._policy_spec and self._agreement and shared["agreement"]:
             self._agreement.load_state_dict(shared["agreement"])
+            self._follow_interval()
         if "rank_0" in state:
             self._load_rank_0_state(state["rank_0"][0], same_policy=state["policy_spec"] == self._policy_spec)
         elif dist.get_rank(self._group) == 0:
@@ -313,6 +317,7 @@ class Freezing:
             signals=self._policy.signals,
             interval=self._interval,
             decide=self._decide,
+            pace=self._pace,
         )
         self._proved = False
         if self._policy.signals and self.blocks.max_frontier:
@@ -365,6 +370,7 @@ class Freezing:
             signals = self._signals.collect(self.clock.step, self.mask.generation)
             self._length.look(list(self._optimizers), self.clock.step)
         mask = self._agreement.advance(self.clock.step, self.mask, signals)
+        self._follow_interval()
         if mask is not None:
             self._apply(mask)
 
@@ -386,6 +392,20 @@ class Freezing:
             signals=signals,
         )
         return self._decider.decide(observation)
+
+    def _pace(self, interval: int) -> int:
+        """Rank 0: the interval from now on."""
+        return coarser(interval, self.clock.step, self._length.total_steps) if self._paced else interval
+
+    def _follow_interval(self) -> None:
+        """All ranks, at the same step: what rank 0 chose."""
+        assert self._agreement is not None
+        if self._agreement.interval == self._interval:
+            return
+        self._events.write("interval", step=self.clock.step, was=self._interval, interval=self._agreement.interval)
+        self._interval = self._agreement.interval
+        if self._signals is not None:
+            self._signals.set_interval(self._interval)
 
     def _learning_rate(self) -> float | None:
         for optimizer in self._optimizers:

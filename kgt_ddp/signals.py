@@ -97,6 +97,11 @@ class Signals:
     def wants_reference(self) -> bool:
         return any(name in (*PLASTICITY, FLOOR) for name in self._names)
 
+    def set_interval(self, interval: int) -> None:
+        """Scores are to compare over other distances from the next submit on. A multiple of the interval before: then
+        the reference has already what it needs for them."""
+        self._lags = score_lags(interval)
+
     @property
     def lag_steps(self) -> int | None:
         """Distance of the signal "plasticity"."""
@@ -131,7 +136,7 @@ class Signals:
             values[FLOOR] = self._per_block(self._latest.get(self._lags[0]), "floors")
             self._latest = {}
             frozen = [b.name for b in self._blocks.blocks[: self._blocks.frontier]]
-            self._client.submit(step, generation, unchanged=frozen)
+            self._client.submit(step, generation, unchanged=frozen, lags=self._lags)
         return values
 
     def _receive(self) -> None:

@@ -65,10 +65,9 @@ def _job(events: list[Event]) -> str:
     learned = _first(events, "job_length")
     if not total and learned is not None and learned["total_steps"]:
         total = f" of {learned['total_steps']} steps, as {learned['source']} has it"
-    return (
-        f"Policy {blocks['policy']}{total}, a decision every {blocks['interval']} steps.\n"
-        f"{len(names)} blocks, front to back: {', '.join(names)}"
-    )
+    pace = f"a decision every {blocks['interval']} steps"
+    pace += "".join(f", every {e['interval']} from step {e['step']}" for e in _of_first_rank(events, ("interval",)))
+    return f"Policy {blocks['policy']}{total}, {pace}.\n{len(names)} blocks, front to back: {', '.join(names)}"
 
 
 def _freezes(events: list[Event]) -> str:

@@ -110,6 +110,16 @@ class CutHistory:
         self.recent, self.num_still = [], 0
         self.blind_until = self.counted_step = step + settling(span)
 
+    def lag_changed(self, step: int, span: int, factor: float) -> None:
+        """Scores compare over `factor` times the distance from now on; `span` is the new one. What was the highest so far
+        is carried over by the exponent of what was seen last; what is past adds up over any distance."""
+        growth = 2.0
+        if len(self.recent) >= MIN_SEEN:
+            growth = math.sqrt(statistics.median(far / near for _, near, far in self.recent))
+        scale = factor ** min(max(math.log2(growth), 0.0), 2.0)
+        self.peak, self.fastest = self.peak * scale, self.fastest * scale
+        self.pace_changed(step, span)
+
     def outlook(self, horizon: float, span: int) -> Outlook | None:
         """What the last evaluations say; None where they are too few.
 

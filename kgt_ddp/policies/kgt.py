@@ -62,6 +62,7 @@ class Kgt:
     needs_total_steps: ClassVar[bool] = False
     _rate: RateWatch = field(default_factory=RateWatch, init=False)
     _cuts: list[CutHistory] = field(default_factory=list, init=False)
+    _lag_steps: int | None = field(default=None, init=False)
     _quick: bool = field(default=False, init=False)
     """An abrupt drop was the last event: half the window and half the patience do."""
     _frozen_step: int = field(default=0, init=False)
@@ -78,6 +79,11 @@ class Kgt:
             return Decision(frontier=observation.frontier, reason="no lag: nothing can be scored")
         span = 4 * observation.lag_steps
         self._cuts = self._cuts or [CutHistory() for _ in range(observation.num_blocks)]
+        if self._lag_steps is not None and observation.lag_steps != self._lag_steps:
+            for cut in self._cuts:
+                cut.lag_changed(observation.step, span, observation.lag_steps / self._lag_steps)
+            self._pulse = None
+        self._lag_steps = observation.lag_steps
         if event:
             self._quick = event == "drop"
             self._begin_afresh(observation.step, span)
@@ -107,6 +113,7 @@ class Kgt:
         return {
             "rate": self._rate.state_dict(),
             "cuts": [cut.state_dict() for cut in self._cuts],
+            "lag_steps": self._lag_steps,
             "quick": self._quick,
             "frozen_step": self._frozen_step,
             "pulse": self._pulse and list(self._pulse),
@@ -115,6 +122,7 @@ class Kgt:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rate.load_state_dict(state["rate"])
         self._cuts = [CutHistory.from_state(one) for one in state["cuts"]]
+        self._lag_steps = state["lag_steps"]
         self._quick, self._frozen_step = state["quick"], state["frozen_step"]
         self._pulse = state["pulse"] and (int(state["pulse"][0]), state["pulse"][1])
 

@@ -41,6 +41,7 @@ class KgtPaper:
     thaw: float = 0.1
     signals: ClassVar[tuple[str, ...]] = ("plasticity",)
     needs_total_steps: ClassVar[bool] = False
+    _lag_steps: int | None = field(default=None, init=False)
     _window_now: int = field(default=0, init=False)
     _series: list[list[float]] = field(default_factory=list, init=False)
     _first_slopes: list[float | None] = field(default_factory=list, init=False)
@@ -58,9 +59,12 @@ class KgtPaper:
 
     def decide(self, observation: Observation) -> Decision:
         values = observation.signals.get("plasticity", (None,) * observation.num_blocks)
-        if not self._series:
+        # Scores over another distance are on no line with those before.
+        if not self._series or observation.lag_steps != self._lag_steps:
+            self._lag_steps = observation.lag_steps
             self._series = [[] for _ in values]
             self._first_slopes = [None] * len(values)
+            self._stationary = 0
         block = observation.frontier
         seen = known(values[block])
         self._note(values, observation.loss)
@@ -87,6 +91,7 @@ class KgtPaper:
     def state_dict(self) -> dict[str, Any]:
         return {
             "window": self._window_now,
+            "lag_steps": self._lag_steps,
             "series": [list(one) for one in self._series],
             "first_slopes": list(self._first_slopes),
             "losses": list(self._losses),
@@ -96,7 +101,7 @@ class KgtPaper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._window_now = state["window"]
+        self._window_now, self._lag_steps = state["window"], state["lag_steps"]
         self._series = [list(one) for one in state["series"]]
         self._first_slopes = list(state["first_slopes"])
         self._losses = list(state["losses"])

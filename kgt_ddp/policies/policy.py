@@ -30,7 +30,8 @@ class Observation:
     loss: float | None = None
     """Mean training loss since the last decision, if somebody sees it."""
     lag_steps: int | None = None
-    """Distance L in steps at which the signal "plasticity" compares; the same in the whole run."""
+    """Distance L in steps at which the signal "plasticity" compares. It may become a multiple of what it was, where the
+    job's length is learned on the way."""
     step_seconds: float | None = None
     """Wall time of a training step with the present mask, if measured."""
     block_seconds: tuple[float, ...] | None = None

@@ -60,10 +60,10 @@ def tampered(rank, world):
     if rank == 1:
         finish = Agreement._finish
 
-        def corrupt(self, current):
+        def corrupt(self, step, current):
             self._mask[1].wait()
-            self._mask[0][2] = 0
-            return finish(self, current)
+            self._mask[0][3] = 0  # interval, generation, blocks 0 and 1, …
+            return finish(self, step, current)
 
         Agreement._finish = corrupt
     backwards = []

@@ -116,6 +116,35 @@ def test_without_a_reference_scores_are_unknown_and_training_goes_on(run_ranks):
     assert sum(block_seconds) > 0
 
 
+def pacing(rank, world):
+    """A job whose scheduler says that it has 3,000 steps; two decisions after that are enough."""
+    torch.manual_seed(3)
+    policy = Listener()
+    ddp = FreezeAwareDDP(SmallResNet(), policy=policy)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3_000)
+    for step in range(150):
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        schedule.step()
+    state = ddp.freezing.state_dict()["shared"][0]["agreement"]
+    ddp.freezing.close()
+    return [(o.step, o.lag_steps, o.signals["plasticity_2"][3]) for o in policy.heard], state["interval"]
+
+
+def test_a_length_that_is_learned_lengthens_interval_and_distances_on_all_ranks(run_ranks, reference, tmp_path):
+    run_dir = str(tmp_path / "events_of_trainers")
+    results = run_ranks(2, pacing, env=env(reference, KGTRUN_DETERMINISTIC="1", KGTRUN_RUN_DIR=run_dir), timeout_s=200)
+    assert [interval for _, interval in results] == [20, 20]
+    changes = [(e["step"], e["was"], e["interval"]) for e in read_events(run_dir) if e["kind"] == "interval"]
+    assert len(changes) == 2 and changes[0] == changes[1], "at the same step on both ranks"
+    assert changes[0][1:] == (10, 20)
+    heard = [entry for entry in results[0][0] if entry[0] > changes[0][0]]
+    assert [step % 20 for step, *_ in heard] == [1] * len(heard)
+    assert {lag for _, lag, _ in heard} == {40}
+    # The score of step 100, against step 20, which was handed over at the old interval.
+    assert next(step for step, _, score in heard if score is not None) == 121
+
+
 def killed(rank, world, steps, pid):
     import os
 

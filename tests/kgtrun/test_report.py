@@ -55,8 +55,10 @@ def test_a_length_that_was_learned_is_told_with_its_source(tmp_path):
     recorded(tmp_path, total_steps=None)
     writer = EventWriter.for_process(tmp_path, role="trainer", index=0)
     writer.write("job_length", step=40, total_steps=100, source="CosineAnnealingLR", steps_per_move=1.0)
+    writer.write("interval", step=41, was=10, interval=30)
     writer.close()
-    assert "of 100 steps, as CosineAnnealingLR has it" in report(tmp_path)
+    assert "of 100 steps, as CosineAnnealingLR has it, a decision every" in report(tmp_path)
+    assert "steps, every 30 from step 41." in report(tmp_path)
 
 
 def test_a_run_that_froze_nothing_says_so(tmp_path):

@@ -295,5 +295,50 @@ def test_it_goes_on_from_its_state_exactly():
         assert head + tail == whole
 
 
+LONG, FACTOR, CHANGE = 5 * TOTAL, 5, 90
+"""A job five times as long, whose length is learned at decision 90 of the short interval: a fifth of it is over."""
+
+
+def lengthened(rows, growth):
+    """Rows at the short interval and distance; (step, frontier) of every decision, at the long ones from `CHANGE` on."""
+    policy, found = Kgt(), []
+    rates = creeping(len(rows))
+    for first_row, stride in ((0, 1), (CHANGE, FACTOR)):
+        chosen = slice(first_row, CHANGE if stride == 1 else None, stride)
+        scale = stride ** math.log2(growth)
+        decisions = run(
+            [[value * scale for value in row] for row in rows[chosen]],
+            policy=policy,
+            growth=growth,
+            every=EVERY * stride,
+            lag_steps=LAG * stride,
+            total_steps=None if stride == 1 else LONG,
+            start=first_row * EVERY,
+            learning_rate=rates[chosen],
+        )
+        found += [((first_row + i * stride) * EVERY, d.frontier) for i, d in enumerate(decisions)]
+    return found
+
+
+def test_a_distance_that_becomes_longer_on_the_way_delays_little():
+    rows = settling(FACTOR * 150, scales=[5 * s for s in SCALES])
+    found = lengthened(rows, 2.0)
+    always = run(
+        [[5 * value for value in row] for row in rows[::FACTOR]],
+        every=FACTOR * EVERY,
+        lag_steps=FACTOR * LAG,
+        total_steps=LONG,
+        learning_rate=creeping(len(rows))[::FACTOR],
+    )
+    at, otherwise = next(step for step, frontier in found if frontier), first(always, 1) * FACTOR * EVERY
+    assert otherwise <= at <= otherwise + 0.1 * LONG
+
+
+@pytest.mark.parametrize("growth", [1.0, 2.0, 4.0])
+def test_nor_are_constant_scores_taken_for_a_decline_by_it(growth):
+    found = lengthened([[1e-5, 1e-4, 1e-3, 1e-2]] * (FACTOR * 150), growth)
+    assert {frontier for _, frontier in found} == {0}
+
+
 def test_without_a_lag_nothing_can_be_judged():
     assert set(frontiers(run(settling(), lag_steps=None))) == {0}
