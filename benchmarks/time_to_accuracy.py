@@ -3,10 +3,10 @@
     python -m benchmarks.time_to_accuracy [--quick] [--workloads vision,text] [--policies none,linear,kgt] [--seeds 0,1,2]
 
 Workloads: `vision`, a ResNet-20 from scratch on all 60,000 images of Fashion-MNIST, 10 epochs, without flips; `text`,
-all-MiniLM-L6-v2 fine-tuned on 4,000 texts of 20 Newsgroups, 3 epochs of 250 steps, the first 64 tokens of each text (of 128 a
-run would take twice the hours, and three seeds of five policies would not be had). Policies: what kgtrun's --policy takes, at its
-defaults or with options; `none` is torchrun with torch's own DistributedDataParallel, without anything of ours: what all
-others are compared with. `+cache` after a policy (`kgt+cache`) turns the activation cache on; otherwise it is off.
+all-MiniLM-L6-v2 fine-tuned on 4,000 texts of 20 Newsgroups, 3 epochs of 250 steps, the first 64 tokens of each text
+(128 would double the hours, and three seeds of five policies take some already). Policies: what kgtrun's --policy takes,
+at its defaults or with options; `none` is torchrun with torch's own DistributedDataParallel, without anything of ours:
+what all others are compared with. `+cache` after a policy (`kgt+cache`) turns the activation cache on; otherwise it is off.
 
 All policies of one workload and seed are started together and take turns, an epoch each (`benchmarks.turns`): a slow hour
 of the machine falls on all. What is measured, how and against what, is in `benchmarks.accuracy_summary`.

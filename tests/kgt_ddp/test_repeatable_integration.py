@@ -64,14 +64,14 @@ def one_run(run_ranks, tmp_path, name, *, unrest_s, late_s):
             "OMP_NUM_THREADS": "1",
         }
         try:
-            results = run_ranks(1, closed_loop, STEPS, unrest_s, timeout_s=300, env=environ)
+            results = run_ranks(2, closed_loop, STEPS, unrest_s, timeout_s=300, env=environ)
         finally:
             appearing.join()
             reference.stop()
     events = list(read_events(run_dir))
     assert [e["why"] for e in events if e["kind"] == "not_repeatable"] == []
     told = [(e["step"], e["frontier"], e["reason"], e["numbers"]) for e in events if e["kind"] == "decision"]
-    lengths = [(e["step"], e["total_steps"]) for e in events if e["kind"] == "job_length"]
+    lengths = sorted((e["index"], e["step"], e["total_steps"]) for e in events if e["kind"] == "job_length")
     return results, told, lengths
 
 
@@ -80,7 +80,7 @@ def test_decisions_and_weights_are_the_same_again(run_ranks, tmp_path):
     again = one_run(run_ranks, tmp_path, "again", unrest_s=0.02, late_s=5.0)
     (results, told, lengths), (results_again, told_again, lengths_again) = first, again
     assert lengths == lengths_again
-    assert [total for _, total in lengths] == [STEPS]
+    assert [(rank, total) for rank, _, total in lengths] == [(0, STEPS), (1, STEPS)]
     freezes = results[0][0]
     assert freezes, "nothing froze: the test would show nothing"
     assert told == told_again
