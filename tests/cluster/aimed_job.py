@@ -1,10 +1,12 @@
 """Job of the tests that break something at a chosen moment: it stops there, says so, and waits to be let on.
 
-    aimed_job.py DIRECTORY STEPS none|step|decision
+    aimed_job.py DIRECTORY STEPS none|step|gradients|decision
 
-`step`: rank 1 stops inside the forward of a step, the others wait for its gradients. `decision`: rank 0's policy stops
-while it decides: the scores have been summed, the mask has not been sent. Files in DIRECTORY: `held` (written by the job
-when it has stopped), `go on` (written by the test), `end` (frontier and checksum of the weights of every rank).
+`step`: rank 1 stops inside the forward of a step, the others wait for its gradients. `gradients`: there too, with
+gradients of some 5 MB: on a slow link the test can meet them on their way when the job goes on. `decision`: rank 0's
+policy stops while it decides: the scores have been summed, the mask has not been sent. Files in DIRECTORY: `held`
+(written by the job when it has stopped), `go on` (written by the test), `end` (frontier and checksum of the weights of
+every rank).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from kgt_ddp.policies.policy import Decision, Observation, Schedule
 AIM = 20
 """Step of the moment."""
 directory, steps, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+width = 512 if moment == "gradients" else 32
 
 
 def hold() -> None:
@@ -48,15 +51,15 @@ class Holding(Schedule):
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
-model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()) for _ in range(6)])
+model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh()) for _ in range(6)])
 ddp = FreezeAwareDDP(model, policy=Holding(), interval=3)
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
 now = [0]
-if moment == "step" and rank == 1:
+if moment in ("step", "gradients") and rank == 1:
     model[3].register_forward_hook(lambda *_: hold() if now[0] == AIM else None)
 for step in range(steps):
     now[0] = step
-    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1000 * step + rank))
+    x = torch.randn(8, width, generator=torch.Generator().manual_seed(1000 * step + rank))
     optimizer.zero_grad()
     (ddp(x) - x.flip(1)).square().mean().backward()
     optimizer.step()

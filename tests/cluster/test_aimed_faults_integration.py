@@ -20,6 +20,8 @@ slow = pytest.mark.skipif(not os.environ.get("KGTRUN_FULL_TESTS"), reason="slow:
 
 JOB = str(HERE / "aimed_job.py")
 STEPS = 40
+GRADIENT_BYTES = 5 * 512 * 512 * 4
+"""What a rank of the job sends in a step with one of its six blocks frozen and two hosts."""
 
 
 @pytest.fixture
@@ -96,6 +98,43 @@ def test_a_cable_that_is_out_for_10_seconds_inside_a_decision_costs_time_and_not
         code, output, _ = ended(launch, host, "cable out for 10 s inside a decision", 60)
         assert code == 0, output
     assert_ended_alike(tmp_path / "job", 2)
+
+
+def cut_among_the_gradients(cluster, launch) -> None:
+    """Slow the link down, let the job go on, and pull h1's cable while its gradients are on their way."""
+
+    def sent() -> int:
+        return int(cluster.run("h1", "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
+
+    cluster.limit("h1", "5mbit")  # 5 MB need 8 s
+    before = sent()
+    (launch.folder / "go on").write_text("")
+    wait_until(lambda: sent() - before > GRADIENT_BYTES // 16, "gradients on the wire", 60)
+    cluster.link("h1", "down")
+    assert sent() - before < GRADIENT_BYTES // 2, "the cable went in the middle of the all_reduce"
+
+
+@slow
+def test_a_cable_that_goes_among_the_gradients_and_stays_out_ends_the_launch_on_both(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "gradients")
+    cut_among_the_gradients(two, launch)
+    code, output, seconds = ended(launch, "h0", "cable out for ever in an all_reduce of gradients")
+    assert code == 1 and "node 1 (h1) is lost: no sign of life for 6 s" in output, output
+    code, output, _ = ended(launch, "h1", "then, on the other host", BOUND_S - seconds)
+    assert code == 1 and "no contact with the rendezvous at h0:29400 from h1" in output, output
+
+
+@slow
+def test_a_cable_that_is_out_for_10_seconds_among_the_gradients_costs_time_and_nothing_else(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "gradients", "--peer-timeout", "60")
+    cut_among_the_gradients(two, launch)
+    time.sleep(10)
+    two.link("h1", "up")
+    two.limit("h1", "none")
+    for host in ("h0", "h1"):
+        code, output, _ = ended(launch, host, "cable out for 10 s in an all_reduce of gradients", 120)
+        assert code == 0 and "is lost" not in output and "no contact" not in output, output
+    assert_ended_alike(launch.folder, 2)
 
 
 @slow
