@@ -1,10 +1,11 @@
 """Job of the tests that break something at a chosen moment: it stops there, says so, and waits to be let on.
 
-    aimed_job.py DIRECTORY STEPS none|step|gradients|decision
+    aimed_job.py DIRECTORY STEPS none|step|gradients|decision|scores
 
 `step`: rank 1 stops inside the forward of a step, the others wait for its gradients. `gradients`: there too, with
 gradients of some 5 MB: on a slow link the test can meet them on their way when the job goes on. `decision`: rank 0's
-policy stops while it decides: the scores have been summed, the mask has not been sent. Files in DIRECTORY: `held`
+policy stops while it decides: the scores have been summed, the mask has not been sent. `scores`: there too, and the
+policy freezes its second block by scores alone (under --deterministic they are waited for). Files in DIRECTORY: `held`
 (written by the job when it has stopped), `go on` (written by the test), `end` (frontier and checksum of the weights of
 every rank).
 """
@@ -12,6 +13,7 @@ every rank).
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,18 +23,25 @@ import torch.distributed as dist
 
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.policy import Decision, Observation, Schedule
+from kgt_ddp.reference.protocol import socket_path
 
 AIM = 20
 """Step of the moment."""
+AFTER = 6
+"""`scores`: steps until what was on its way at that moment has been heard: two decisions."""
 directory, steps, moment = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 width = 512 if moment == "gradients" else 32
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def hold() -> None:
     (directory / "held").write_text("")
-    deadline = time.monotonic() + 120
-    while not (directory / "go on").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(directory / "go on")
 
 
 class Holding(Schedule):
@@ -42,17 +51,28 @@ class Holding(Schedule):
     held = False
 
     def decide(self, observation: Observation) -> Decision:
-        if moment == "decision" and not self.held and observation.step >= AIM:
+        if moment in ("decision", "scores") and not self.held and observation.step >= AIM:
             self.held = True
             hold()
-        return Decision(frontier=2 if observation.step >= AIM else 1, reason="the test's")
+        scores = list(observation.signals.get("plasticity", ()))
+        if moment == "scores":
+            due = observation.step >= AIM + AFTER and scores[0] is not None
+        else:
+            due = observation.step >= AIM
+        return Decision(frontier=2 if due else 1, reason="the test's", numbers={"plasticity": scores})
 
 
+class Listening(Holding):
+    signals = ("plasticity",)
+
+
+if moment == "scores":
+    wait_for(socket_path(os.environ["KGTRUN_REFERENCE_DIR"], 0))  # slow to start where there is other work
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
 model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh()) for _ in range(6)])
-ddp = FreezeAwareDDP(model, policy=Holding(), interval=3)
+ddp = FreezeAwareDDP(model, policy=Listening() if moment == "scores" else Holding(), interval=3)
 optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
 now = [0]
 if moment in ("step", "gradients") and rank == 1:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from kgtrun.contract.events import read_events
 from tests.cluster.hosts import HERE, hosts, needs_hosts
 from tests.cluster.launch import BOUND_S, Launch
 from tests.cluster.slurm import wait_until
@@ -20,6 +21,8 @@ slow = pytest.mark.skipif(not os.environ.get("KGTRUN_FULL_TESTS"), reason="slow:
 
 JOB = str(HERE / "aimed_job.py")
 STEPS = 40
+AIM, AFTER, INTERVAL = 20, 6, 3
+"""As the job has them."""
 GRADIENT_BYTES = 5 * 512 * 512 * 4
 """What a rank of the job sends in a step with one of its six blocks frozen and two hosts."""
 
@@ -135,6 +138,50 @@ def test_a_cable_that_is_out_for_10_seconds_among_the_gradients_costs_time_and_n
         code, output, _ = ended(launch, host, "cable out for 10 s in an all_reduce of gradients", 120)
         assert code == 0 and "is lost" not in output and "no contact" not in output, output
     assert_ended_alike(launch.folder, 2)
+
+
+def kill_references_until_given_up(cluster, host: str, run_dir) -> None:
+    """Kill this host's reference, and each that comes in its place, until its launcher starts no more."""
+
+    def of_host(kind: str) -> list[dict]:
+        found = (e for e in read_events(run_dir) if e["role"] == "launcher" and e["host"] == host)
+        return [e for e in found if e["kind"] == kind]
+
+    killed = 0
+
+    def is_given_up() -> bool:
+        nonlocal killed
+        for event in of_host("reference_start")[killed:]:
+            cluster.run(host, "sh", "-c", f"kill -9 {event['child_pid']} || true")
+            killed += 1
+        return any(event["given_up"] for event in of_host("reference_exit"))
+
+    wait_until(is_given_up, f"the launcher of {host} to give its reference up", 180)
+
+
+@slow
+def test_references_dead_on_one_node_leave_the_decisions_to_the_scores_of_the_other(two, tmp_path):
+    launch = begin(two, tmp_path / "job", "scores", "--ref-per-node", "1", "--deterministic")
+    kill_references_until_given_up(two, "h1", launch.folder / "run")
+    (launch.folder / "go on").write_text("")
+    for host in ("h0", "h1"):
+        code, output, _ = ended(launch, host, "references dead on h1", 180)
+        assert code == 0, output
+        for words in ("SIGKILL (signal 9); no more restarts", "the connection to the reference broke"):
+            assert (words in output) == (host == "h1"), output
+    assert_ended_alike(launch.folder, 2)
+    events = list(read_events(launch.folder / "run"))
+    scores = [e for e in events if e["kind"] == "score" and e["lag_steps"] == 2 * INTERVAL]
+    heard = {tuple(e["values"]) for e in scores if e["index"] == 0}
+    decisions = [e for e in events if e["kind"] == "decision" and e["numbers"]["plasticity"][0] is not None]
+    alone = {e["step"] <= AIM: [] for e in decisions}
+    for event in decisions:
+        if event["step"] <= AIM or event["step"] >= AIM + AFTER:
+            alone[event["step"] <= AIM].append(tuple(event["numbers"]["plasticity"][:-1]) in heard)
+    assert alone[True] and not any(alone[True]), "until the fault decisions are made from the mean of both nodes"
+    assert alone[False] and all(alone[False]), "then from what the reference of h0 says"
+    assert max(e["step"] for e in scores if e["index"] == 1) <= AIM + AFTER
+    assert {e["host"] for e in events if e["kind"] == "not_repeatable"} == {"h1"}
 
 
 @slow
