@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping
@@ -43,7 +42,7 @@ from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.signals import Signals
 from kgt_ddp.step_clock import StepClock
-from kgtrun.contract import heartbeat
+from kgtrun.contract import environment, heartbeat
 from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
@@ -326,7 +325,7 @@ class Freezing:
                 self.blocks,
                 self._wrapper.module,
                 interval=self._interval,
-                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+                rank_on_node=environment.rank_on_node(),
                 longest_wait_s=self._longest_wait_s() if self._deterministic else 0.0,
                 events=self._events,
             )

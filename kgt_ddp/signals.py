@@ -54,7 +54,7 @@ class Signals:
         blocks: the partition, in order of execution.
         model: what DDP wraps.
         interval: steps from one decision to the next.
-        local_rank: chooses the reference of this node.
+        rank_on_node: chooses the reference of this node.
         longest_wait_s: repeatable runs: how long to wait for the reference, or for scores under way, before the run goes
             on without; the other ranks wait meanwhile, so it is less than what their collectives bear. 0: never wait.
     """
@@ -66,7 +66,7 @@ class Signals:
         model: torch.nn.Module,
         *,
         interval: int,
-        local_rank: int,
+        rank_on_node: int,
         longest_wait_s: float,
         events: EventWriter,
     ) -> None:
@@ -82,11 +82,11 @@ class Signals:
         self._client: ReferenceClient | None = None
         self.has_probe = False
         references = environment.integer(environment.NUM_REFERENCES) or 0
-        if self.wants_reference and not references and local_rank == 0:
+        if self.wants_reference and not references and rank_on_node == 0:
             logger.warning("no reference process on this node (--ref-per-node): no scores, no new freezes")
         # Ranks hold equal weights, so one of them per reference is enough; each has a probe of its own.
-        if self.wants_reference and local_rank < references:
-            self._client = ReferenceClient.from_environment(local_rank)
+        if self.wants_reference and rank_on_node < references:
+            self._client = ReferenceClient.from_environment(rank_on_node)
             if self._client is not None:
                 watched = [b.name for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
                 offered = self._client.offer_model(model, watched, lags=self._lags)

@@ -182,6 +182,7 @@ def sidecars(count: int, environment: Mapping[str, str], place: Place | None) ->
         count=0 if place.local_task else count,
         environment=environment,
         on_node=count,
+        first_rank=place.local_task,
         directory=shared_directory(f"{place.name}-{place.restarts}-node{place.node}"),
     )
 

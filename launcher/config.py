@@ -119,6 +119,8 @@ class SidecarSpec:
     max_restarts: int = 5
     on_node: int | None = None
     """How many the node has where another launcher on it starts them; None: `count`."""
+    first_rank: int = 0
+    """Number on the node of this launcher's first rank, where another launcher's ranks come before it."""
     directory: Path | None = None
     """Where launchers of one node share them; None: in this launch's own runtime directory."""
 

@@ -56,6 +56,7 @@ class SpawnEnvironment:
             **self._config.ranks.environment,
             **self._common,
             **(self._cores(self._shares.ranks[local_rank], self._shares.rank_threads) if self._shares else {}),
+            names.RANK_ON_NODE: str(self._config.sidecars.first_rank + local_rank),
             names.HEARTBEAT: str(beats),
             names.STACK_FILE: str(self._runtime.stacks(local_rank)),
             names.ERROR_FILE: str(self._runtime.error(local_rank, int(its["TORCHELASTIC_RESTART_COUNT"]))),

@@ -122,12 +122,12 @@ class ReferenceClient:
         self._transfer = Transfer()
 
     @classmethod
-    def from_environment(cls, local_rank: int, environ: Mapping[str, str] | None = None) -> ReferenceClient | None:
-        """The client of a trainer under kgtrun: reference `local_rank % number of references`. None: there are none."""
+    def from_environment(cls, rank_on_node: int, environ: Mapping[str, str] | None = None) -> ReferenceClient | None:
+        """The client of a trainer under kgtrun: reference `rank_on_node % number of references`. None: there are none."""
         values = os.environ if environ is None else environ
         directory = values.get(environment.REFERENCE_DIR)
         references = environment.integer(environment.NUM_REFERENCES, environ=values)
-        return cls(directory, local_rank % references) if directory and references else None
+        return cls(directory, rank_on_node % references) if directory and references else None
 
     def offer_model(
         self, module: nn.Module, watched: Sequence[str], *, lags: Sequence[int], pairing: str = "probe"

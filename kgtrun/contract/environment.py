@@ -30,6 +30,7 @@ RUNTIME_DIR = "KGTRUN_RUNTIME_DIR"
 HEARTBEAT = "KGTRUN_HEARTBEAT"
 ERROR_FILE = "KGTRUN_ERROR_FILE"
 STACK_FILE = "KGTRUN_STACK_FILE"
+RANK_ON_NODE = "KGTRUN_RANK_ON_NODE"
 
 DESCRIPTIONS: dict[str, str] = {
     OFF: "1: FreezeAwareDDP behaves as plain DistributedDataParallel",
@@ -52,6 +53,7 @@ DESCRIPTIONS: dict[str, str] = {
     HEARTBEAT: "file this trainer's progress is written to, see kgtrun.contract.heartbeat",
     ERROR_FILE: "file the boot step writes an uncaught exception of this trainer to",
     STACK_FILE: "file this trainer's stacks are appended to when the launcher asks for them",
+    RANK_ON_NODE: "number of this rank on its node, also where LOCAL_RANK is 0 for all: chooses its reference",
 }
 
 
@@ -83,3 +85,13 @@ def integer(name: str, *, environ: Mapping[str, str] | None = None) -> int | Non
     if not value.isdecimal():
         raise ValueError(f"{name}={value!r} is not a whole number of at least 0")
     return int(value)
+
+
+def rank_on_node() -> int:
+    """Number of this rank among those of its node: as the launcher says, or LOCAL_RANK where nobody says otherwise.
+
+    LOCAL_RANK alone will not do. It is 0 for every rank that sees its own GPU only (Slurm's `--gpus-per-task`,
+    `--virtual-local-rank`).
+    """
+    said = integer(RANK_ON_NODE)
+    return said if said is not None else integer("LOCAL_RANK") or 0

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from kgtrun.contract.events import read_events
 from tests.cluster.slurm import JOB, SCRIPTS, needs_slurm, number_in, slurm, starts, wait_until
 
 pytestmark = [pytest.mark.slurm, needs_slurm]
@@ -80,7 +81,8 @@ def test_each_task_is_a_rank_and_references_run_once_a_node(cluster):
         "import os, pathlib, sys; e = os.environ; "
         "names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'SLURM_PROCID', 'SLURM_LOCALID']; "
         "import torch.distributed as dist; dist.init_process_group('gloo'); "
-        "text = ' '.join([*(e[n] for n in names), e['KGTRUN_NUM_REFERENCES'], e['KGTRUN_REFERENCE_DIR'], os.uname().nodename]);"
+        "names += ['KGTRUN_RANK_ON_NODE', 'KGTRUN_NUM_REFERENCES', 'KGTRUN_REFERENCE_DIR']; "
+        "text = ' '.join([*(e[n] for n in names), os.uname().nodename]);"
         "pathlib.Path(sys.argv[1], e['RANK']).write_text(text); dist.barrier()"
     )
     script = cluster.folder / "places.py"
@@ -89,13 +91,19 @@ def test_each_task_is_a_rank_and_references_run_once_a_node(cluster):
     state = cluster.wait_for_state(job, "COMPLETED", "FAILED", timeout_s=90)
     assert state["JobState"] == "COMPLETED", cluster.output(job)
     found = [path.read_text().split() for path in sorted(where.iterdir())]
-    assert [row[:7] for row in found] == [
-        [str(rank), str(rank % 2), "4", "2", str(rank // 2), str(rank), str(rank % 2)] for rank in range(4)
+    assert [row[:8] for row in found] == [
+        [str(rank), str(rank % 2), "4", "2", str(rank // 2), str(rank), str(rank % 2), str(rank % 2)]
+        for rank in range(4)
     ]
-    assert [row[9] for row in found] == ["h0", "h0", "h1", "h1"] and all(row[7] == "1" for row in found)
-    directories = [row[8] for row in found]
+    assert [row[10] for row in found] == ["h0", "h0", "h1", "h1"] and all(row[8] == "1" for row in found)
+    directories = [row[9] for row in found]
     assert len(set(directories)) == 2 and directories[0] == directories[1]
     assert not any(os.path.exists(directory) for directory in directories)
+    events = read_events(cluster.folder / "runs" / f"slurm-{job}.0")
+    assert sorted(e["host"] for e in events if e["kind"] == "reference_start" and e["role"] == "launcher") == [
+        "h0",
+        "h1",
+    ]
 
 
 def test_runs_of_an_array_do_not_meet(cluster):

@@ -26,7 +26,7 @@ def collected(tmp_path, monkeypatch):
             Blocks(model, None),
             model,
             interval=3,
-            local_rank=0,
+            rank_on_node=0,
             longest_wait_s=longest_wait_s,
             events=events,
         )

@@ -59,6 +59,20 @@ def test_references_run_once_a_node_and_all_its_launchers_find_them(tmp_path):
     assert plan(line, step()).sidecars.directory is None
 
 
+@pytest.mark.parametrize("gpus", [{}, {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0"}])
+def test_a_reference_serves_one_task_of_its_node_also_where_all_find_their_gpu_as_number_0(tmp_path, monkeypatch, gpus):
+    from launcher.runtime_dir import RuntimeDir
+
+    found = []
+    for local in (0, 1):
+        config = plan("--ref-per-node 1 train.py", step(tasks=(2, 2), node=1, local=local, **gpus))
+        its = SpawnEnvironment(config, RuntimeDir(tmp_path), "id").of_rank(0, {"TORCHELASTIC_RESTART_COUNT": "0"})
+        for name, value in its.items():
+            monkeypatch.setenv(name, value)
+        found.append((its["LOCAL_RANK"], names.rank_on_node()))
+    assert found == [("0", 0), ("0" if gpus else "1", 1)]
+
+
 def test_elastic_jobs_meet_at_the_first_host_without_guessing_who_that_is():
     found = plan("--nnodes 1:3 --rdzv-conf timeout=5 train.py", step(node=1)).rendezvous
     assert (found.backend, found.min_nodes, found.max_nodes) == ("c10d", 1, 3)
