@@ -26,7 +26,7 @@ class Job(Launch):
         super().__init__(cluster, folder, JOB, str(folder), str(steps), str(step_s), options=options)
 
     def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: number_in(self.folder / "step") >= step, f"step {step}", 60)
+        wait_until(lambda: number_in(self.folder / "step") >= step, f"step {step}", 240)
 
 
 @pytest.fixture
@@ -87,6 +87,6 @@ def test_references_that_die_on_one_node_do_not_end_the_launch(two, tmp_path):
     assert pids
     two.run("h1", "kill", "-9", *map(str, pids))
     for host in ("h0", "h1"):
-        code, output, _ = job.end(host, 90)
+        code, output, _ = job.end(host, 240)
         assert code == 0, output
         assert ("reference 0 ended with SIGKILL" in output) == (host == "h1"), output
