@@ -188,8 +188,9 @@ class Freezing:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on where `state_dict()` left off. Call on every rank, before the first training forward.
 
-        Without a saved state (a checkpoint written without kgtrun) training starts unfrozen, and says so. A state saved
-        under another policy keeps its frozen blocks; the new policy decides from there.
+        Without a saved state (a checkpoint written without kgtrun, or with freezing off) training starts unfrozen, and
+        says so. A state saved under another policy keeps its frozen blocks; the new policy decides from there. One that a
+        job with freezing off has handed on (`kgt_ddp.inactive`) is taken up where it was when freezing ended.
 
         Raises:
             BlockError: the state is that of another model.
@@ -202,8 +203,17 @@ class Freezing:
             raise ValueError(f"freezing state of version {state.get('version')!r}; this kgtrun reads {STATE_VERSION}")
         self.clock.step = state["step"]
         (shared,) = state["shared"]
+        off = shared.get("off")
+        if off is not None:
+            then = f"{state['frontier']} blocks freeze again, as at step {state['step']}, when freezing was on"
+            nothing = "training goes on with nothing frozen"
+            logger.warning(
+                "the checkpoint was saved with freezing off (%s): %s",
+                off,
+                nothing if shared["blocks"] is None else then,
+            )
         if shared["blocks"] is None:
-            if not self.clock.step:
+            if not self.clock.step and off is None:
                 logger.warning("the checkpoint is from before the first step: training goes on with nothing frozen")
             return
         self.blocks.load_state_dict(shared["blocks"])
@@ -217,14 +227,16 @@ class Freezing:
             self._agreement.load_state_dict(shared["agreement"])
             self._follow_interval()
         if "rank_0" in state:
-            self._load_rank_0_state(state["rank_0"][0], same_policy=state["policy_spec"] == self._policy_spec)
+            same_policy = state["policy_spec"] == self._policy_spec
+            self._load_rank_0_state(state["rank_0"][0], same_policy=same_policy, same_clock=off is None)
         elif dist.get_rank(self._group) == 0:
             logger.warning("the freezing state was not saved by rank 0: the policy begins without its memory")
         self._resumed = state
 
-    def _load_rank_0_state(self, state: Mapping[str, Any], *, same_policy: bool) -> None:
+    def _load_rank_0_state(self, state: Mapping[str, Any], *, same_policy: bool, same_clock: bool) -> None:
         length = state.get("job_length", {})
-        if length.get("num_ranks") == self._group.size():  # on another number of ranks an epoch has other steps
+        # On another number of ranks an epoch has other steps; steps made with freezing off were not counted.
+        if same_clock and length.get("num_ranks") == self._group.size():
             self._length.load_state_dict(length)
         if same_policy:
             self._policy.load_state_dict(state["policy"])

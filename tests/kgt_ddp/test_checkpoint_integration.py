@@ -21,6 +21,7 @@ from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, told, train
 pytestmark = pytest.mark.integration
 
 STOP, STEPS = 13, 26
+OFF = {"KGTRUN_OFF": "1"}
 
 
 class Remembering:
@@ -128,9 +129,91 @@ def without_freezing(rank, world, folder):
 
 
 def test_a_distributed_checkpoint_without_freezing_loads_unfrozen_and_says_so(run_ranks, tmp_path):
-    ((frontier, messages),) = run_ranks(1, without_freezing, str(tmp_path))
+    ((frontier, messages),) = run_ranks(1, without_freezing, str(tmp_path / "on"))
     assert frontier == 0
     assert any("nothing frozen" in message for message in messages)
+    ((frontier, messages),) = run_ranks(1, without_freezing, str(tmp_path / "off"), env=OFF)
+    assert frontier == 0 and not any("checkpoint" in message for message in messages)
+
+
+def load_model(ddp, optim, folder, form):
+    """Weights, optimizer and freezing from a checkpoint, as a script does it, freezing or not."""
+    if form == "file":
+        saved = torch.load(f"{folder}/file.pt", weights_only=True)
+        ddp.module.load_state_dict(saved["model"])
+        optim.load_state_dict(saved["optimizer"])
+        ddp.freezing.load_state_dict(saved["freezing"])
+    else:
+        state = whole_state(ddp, optim, ddp.freezing)
+        dcp.load(state, checkpoint_id=f"{folder}/object")
+        set_state_dict(ddp, optim, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def save_model(ddp, optim, folder, form, rank):
+    equal_buffers(ddp)
+    if form != "file":
+        dcp.save(whole_state(ddp, optim, ddp.freezing), checkpoint_id=f"{folder}/object")
+    elif rank == 0:
+        saved = {"model": ddp.module.state_dict(), "optimizer": optim.state_dict()}
+        torch.save({**saved, "freezing": ddp.freezing.state_dict()}, f"{folder}/file.pt")
+
+
+def one_leg(rank, world, source, target, form, steps):
+    """A job from the checkpoint in `source`, if any, to that in `target`: what it said, had loaded, and ended with."""
+    messages = told()
+    ddp, optim = fresh()
+    if source is not None:
+        load_model(ddp, optim, source, form)
+    loaded = snapshot(ddp.module)
+    train(ddp, optim, rank=rank, steps=range(steps.start, steps.start + 1))
+    frontier = ddp.freezing.frontier
+    train(ddp, optim, rank=rank, steps=range(steps.start + 1, steps.stop))
+    save_model(ddp, optim, target, form, rank)
+    policy = ddp.freezing.state_dict().get("rank_0")
+    return messages, loaded, frontier, snapshot(ddp.module), ddp.freezing.summary()["freezes"], policy
+
+
+@pytest.mark.parametrize("form", ["object", "file"])
+def test_a_job_with_freezing_off_in_between_loses_nothing_and_says_what_happens(run_ranks, tmp_path, form):
+    folders = [tmp_path / name for name in ("on", "off", "again")]
+    for folder in folders:
+        folder.mkdir()
+    on, off, again = map(str, folders)
+    first = run_ranks(2, one_leg, None, on, form, range(STOP))
+    between = run_ranks(2, one_leg, on, off, form, range(STOP, STOP + 4), env=OFF)
+    last = run_ranks(2, one_leg, off, again, form, range(STOP + 4, STEPS))
+    frozen = first[0][4][-1]["frontier"]
+    assert frozen > 0
+    for rank in range(2):
+        messages, loaded, frontier, ended, freezes, _ = between[rank]
+        assert any(f"{frozen} frozen blocks; freezing is off (KGTRUN_OFF is set)" in message for message in messages)
+        assert differing(loaded, first[rank][3]) == [] and frontier == 0 and freezes == []
+        assert differing(ended, loaded), "everything trained"
+        messages, loaded, frontier, _, freezes, _ = last[rank]
+        assert any(
+            f"saved with freezing off (KGTRUN_OFF is set): {frozen} blocks freeze again, as at step {STOP}" in message
+            for message in messages
+        )
+        assert differing(loaded, ended) == [] and frontier == frozen
+        assert freezes[: len(first[rank][4])] == first[rank][4] and len(freezes) > len(first[rank][4])
+    seen, before = (leg[0][5][0]["policy"]["seen"] for leg in (last, first))
+    assert seen[: len(before)] == before, "the policy remembers what it saw before freezing was off"
+
+
+@pytest.mark.parametrize("form", ["object", "file"])
+def test_a_checkpoint_of_a_job_that_never_froze_loads_unfrozen_and_says_so(run_ranks, tmp_path, form):
+    folders = [tmp_path / name for name in ("off", "on")]
+    for folder in folders:
+        folder.mkdir()
+    off, on = map(str, folders)
+    first = run_ranks(1, one_leg, None, off, form, range(2), env=OFF)
+    ((messages, loaded, frontier, _, freezes, _),) = run_ranks(1, one_leg, off, on, form, range(2, 20))
+    (said,) = [message for message in messages if "checkpoint" in message]
+    assert (
+        said == "the checkpoint was saved with freezing off (KGTRUN_OFF is set): training goes on with nothing frozen"
+    )
+    assert differing(loaded, first[0][3]) == [] and frontier == 0
+    assert freezes, "and freezes as any other"
 
 
 def saved_by_the_wrong_rank(rank, world):
