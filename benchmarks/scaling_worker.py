@@ -1,6 +1,9 @@
 """One host of `benchmarks.scaling`: profiles its steps without communication, then times them with it.
 
-    scaling_worker.py DIRECTORY MODELS STEPS LINKS    under kgtrun, one rank on each host
+    scaling_worker.py DIRECTORY MODELS KS STEPS LINKS    under kgtrun, one rank on each host
+
+Cases are the models, each with each number of frozen blocks in KS. A case is profiled twice: under the wrapper that is
+measured later, alone in its process group, and as the bare network (what the model's first version took).
 
 For each name in LINKS rank 0 makes the file `ready-NAME` and waits for `go-NAME`: meanwhile the links are set. Every rank
 takes part in every phase, so that hosts that share cores disturb each other in the profile as they do in the measurement.
@@ -14,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-KS = (0, 6)
+from benchmarks.scaling_model import Row, slowest
+
 MORE_STEPS = {"resnet": 6}
 """A short step is measured more often: eight of them would be a single second of this machine's life."""
 ALL_REDUCE_BYTES = (4, 8 << 20)
 COUNTERS = Path("/sys/class/net/eth0/statistics/tx_bytes")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 Batch = Callable[[nn.Module], torch.Tensor]
 
 
 def resnet() -> tuple[nn.Module, Batch]:
     """ResNet-20 of the examples, 32 images of 28x28."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
     from resnet import resnet20
 
     images, labels = torch.randn(32, 1, 28, 28), torch.randint(0, 10, (32,))
@@ -61,13 +65,14 @@ def transformer() -> tuple[nn.Module, Batch]:
 MODELS = {"resnet": resnet, "minilm": minilm, "transformer": transformer}
 
 
-def freeze_aware(name: str, frozen: int) -> tuple[Any, Batch]:
-    """The model under FreezeAwareDDP with its first `frozen` blocks frozen by the policy."""
+def freeze_aware(name: str, frozen: int, group: dist.ProcessGroup | None) -> tuple[Any, Batch]:
+    """The model under FreezeAwareDDP over `group` with its first `frozen` blocks frozen by the policy."""
     from kgt_ddp import FreezeAwareDDP
 
     torch.manual_seed(0)
     model, loss = MODELS[name]()
-    return FreezeAwareDDP(model, policy=f"static:blocks={frozen}" if frozen else "none"), loss
+    policy = f"static:blocks={frozen}" if frozen else "none"
+    return FreezeAwareDDP(model, policy=policy, process_group=group), loss
 
 
 def step(model: nn.Module, loss: Batch, optimizer: torch.optim.Optimizer) -> tuple[float, float, float]:
@@ -91,29 +96,61 @@ def twin(name: str, module: nn.Module) -> nn.Module:
     return model
 
 
-def profile(model: nn.Module, loss: Batch, steps: int) -> dict[str, Any]:
-    """Steps of a network that is trained alone."""
+def steps_without_network(model: nn.Module, loss: Batch, steps: int) -> list[Row]:
+    """Steps of a network that waits for no other host, begun together on all."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     ready: dict[int, float] = {}
-    for index, parameter in enumerate(parameters):
+    handles = [
         parameter.register_post_accumulate_grad_hook(lambda _, i=index: ready.__setitem__(i, time.perf_counter()))
-    rows: list[tuple[tuple[float, float, float], dict[int, float]]] = []
+        for index, parameter in enumerate(trained(model))
+    ]
+    rows = []
     for index in range(steps + 1):
         dist.barrier()
         begun = time.perf_counter()
         forward_s, backward_s, end_s = step(model, loss, optimizer)
         if index:
-            moments = {i: moment - forward_s for i, moment in ready.items()}
-            rows.append(((forward_s - begun, backward_s - forward_s, end_s - backward_s), moments))
+            moments = tuple(ready[i] - forward_s for i in range(len(handles)))
+            spent = {"forward_s": forward_s - begun, "backward_s": backward_s - forward_s}
+            rows.append(Row(**spent, optimizer_s=end_s - backward_s, ready_s=moments))
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def profile(model: nn.Module, rows: Sequence[Row]) -> dict[str, Any]:
+    """Fields of a `Profile`: medians over steps."""
     gradients = [
-        (statistics.median(row[1][i] for row in rows), p.numel() * p.element_size())
-        for i, p in enumerate(parameters)
-        if i in rows[0][1]
+        (statistics.median(row.ready_s[i] for row in rows), p.numel() * p.element_size())
+        for i, p in enumerate(trained(model))
     ]
     names = ("forward_s", "backward_s", "optimizer_s")
-    medians = {name: statistics.median(row[0][i] for row in rows) for i, name in enumerate(names)}
+    medians = {name: statistics.median(getattr(row, name) for row in rows) for name in names}
     return {**medians, "gradients": sorted(gradients)}
+
+
+def broadcasts(ddp: Any) -> list[int]:
+    """Bytes of each broadcast with which DDP makes buffers equal before a forward."""
+    sizes: dict[torch.dtype, int] = {}
+    for buffer in ddp.modules_buffers:
+        sizes[buffer.dtype] = sizes.get(buffer.dtype, 0) + buffer.nbytes
+    return list(sizes.values())
+
+
+def profiles_of(case: Case, steps: int, alone: dist.ProcessGroup) -> dict[str, Any]:
+    """The case under its wrapper, the slowest host of each step, and the bare network of rank 0."""
+    wrapped = Case(case.name, case.frozen, alone)
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, steps_without_network(wrapped.ddp, wrapped.loss, steps * case.more))
+    bare = twin(case.name, case.ddp.module)
+    return {
+        "wrapped": {**profile(wrapped.ddp, slowest(hosts)), "broadcasts": broadcasts(case.ddp)},
+        "bare": profile(bare, steps_without_network(bare, case.loss, steps * case.more)),
+    }
 
 
 def measure(ddp: Any, loss: Batch, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
@@ -146,10 +183,10 @@ def all_reduce_seconds(num_bytes: int, repeats: int) -> float:
 class Case:
     """One model with some blocks frozen, ready to be measured again and again."""
 
-    def __init__(self, name: str, frozen: int) -> None:
-        self.name, self.key = name, f"{name} {frozen}"
+    def __init__(self, name: str, frozen: int, group: dist.ProcessGroup | None = None) -> None:
+        self.name, self.frozen, self.key = name, frozen, f"{name} {frozen}"
         self.more = MORE_STEPS.get(name, 1)
-        self.ddp, self.loss = freeze_aware(name, frozen)
+        self.ddp, self.loss = freeze_aware(name, frozen, group)
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=1e-3, momentum=0.9)
         for _ in range(6):  # learns the order of blocks, rebuilds buckets, freezes
             step(self.ddp, self.loss, self.optimizer)
@@ -166,13 +203,18 @@ def wait_for(path: Path, timeout_s: float = 120) -> None:
 
 
 def main() -> None:
-    directory, models, steps = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+    directory, models, ks = Path(sys.argv[1]), sys.argv[2].split(","), [int(k) for k in sys.argv[3].split(",")]
+    steps, names = int(sys.argv[4]), sys.argv[5].split(",")
+    sys.path.insert(
+        0, str(Path(__file__).resolve().parents[1] / "examples")
+    )  # scripts, which import each other as such
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    cases = [Case(name, frozen) for name in models for frozen in KS]
-    profiles = {case.key: profile(twin(case.name, case.ddp.module), case.loss, steps * case.more) for case in cases}
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    cases = [Case(name, frozen) for name in models for frozen in ks]
+    profiles = {case.key: profiles_of(case, steps, alone) for case in cases}
     links: dict[str, Any] = {}
-    for link in sys.argv[4].split(","):
+    for link in names:
         if dist.get_rank() == 0:
             (directory / f"ready-{link}").touch()
             wait_for(directory / f"go-{link}")
