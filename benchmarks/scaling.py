@@ -6,7 +6,8 @@ the profile of the hosts, the nominal rate of the link and the cost of an all_re
 time of each case, which is then measured.
 
 Networks: ResNet-20 of the examples (1.1 MB of gradients) and MiniLM (133 MB; embeddings and half of its 12 layers frozen at
-k = 6). The quick run has a small transformer in its place. A full run takes some 8 minutes, on a machine that is idle.
+k = 6) made of the weights of `scripts/data language` where they are, else of random ones: the results file says which. The
+quick run has a small transformer in MiniLM's place. A full run takes some 8 minutes, on a machine that does nothing else.
 
 Figures: `prediction_error_max` and `_median` (relative, of all cases; `_max_minilm` of those; `_max_bare` and
 `_median_bare`: what the model's first version, the bare network of one host, would have said), `speedup_2hosts_1gbit_k6`,
@@ -167,6 +168,10 @@ def main() -> int:
     limit_s = 45 if options.quick else 430
     by_nodes = {nodes: measure(nodes, models, ks, steps, timeout_s=limit_s) for nodes in hosts}
     figures.fact("steps a case", steps)
+    weights = by_nodes[2]["weights"]
+    figures.fact("MiniLM's weights", weights)
+    if weights == "random":
+        print("MiniLM has random weights: scripts/data language has not been run", file=sys.stderr)
     report(figures, by_nodes, models, ks)
     keep(figures, by_nodes)
     figures.publish(quick=options.quick)

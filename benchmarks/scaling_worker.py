@@ -8,12 +8,14 @@ measured later, alone in its process group, and as the bare network (what the mo
 For each name in LINKS rank 0 makes the file `ready-NAME` and waits for `go-NAME`: meanwhile the links are set. Every rank
 takes part in every phase, so that hosts that share cores disturb each other in the profile as they do in the measurement.
 At the end rank 0 writes `found.json`: profiles by case (model and number of frozen blocks), and by link and case the step
-times and the bytes that the hook counted and the interface sent; and what an all_reduce costs by size.
+times and the bytes that the hook counted and the interface sent; what an all_reduce costs by size; whose weights were used.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -43,16 +45,34 @@ def resnet() -> tuple[nn.Module, Batch]:
     return resnet20(), lambda model: nn.functional.cross_entropy(model(images), labels)
 
 
-def minilm(layers: int = 12) -> tuple[nn.Module, Batch]:
-    """BERT in MiniLM-L12-H384's shape (33.4 million parameters), new weights: times do not depend on them."""
-    from transformers import BertConfig, BertForSequenceClassification
+def language_folder() -> Path | None:
+    """Where `scripts/data language` or KGTRUN_LANGUAGE_DIR has put MiniLM's weights, if it has."""
+    from minilm_newsgroups import DATA, MODEL
 
-    config = BertConfig(hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536)
-    config.num_labels = 4
-    tokens, labels = torch.randint(0, config.vocab_size, (4, 32)), torch.randint(0, 4, (4,))
-    return BertForSequenceClassification(config), lambda model: nn.functional.cross_entropy(
-        model(input_ids=tokens).logits, labels
-    )
+    folder = Path(os.environ.get("KGTRUN_LANGUAGE_DIR") or DATA)
+    return folder if (folder / MODEL).is_dir() else None
+
+
+def minilm() -> tuple[nn.Module, Batch]:
+    """MiniLM in its shape of 12 layers (33.2 million parameters) with the head of the example, 4 texts of 32 tokens.
+
+    Of all-MiniLM-L6-v2, with its six layers twice (as Gong et al., "Efficient training of BERT by progressively stacking",
+    2019, begin a deeper network); without its weights, random ones: times do not depend on them.
+    """
+    from minilm_newsgroups import NUM_CLASSES, MeanPooledClassifier, classifier
+    from transformers import BertConfig, BertModel
+
+    folder = language_folder()
+    if folder is not None:
+        net = classifier(folder)
+        layers = net.encoder.encoder.layer
+        layers.extend(copy.deepcopy(layer) for layer in list(layers))
+    else:
+        config = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
+        net = MeanPooledClassifier(BertModel(config, add_pooling_layer=False), config.hidden_size, NUM_CLASSES)
+    tokens, labels = torch.randint(0, net.encoder.config.vocab_size, (4, 32)), torch.randint(0, NUM_CLASSES, (4,))
+    mask = torch.ones_like(tokens)
+    return net.train(), lambda model: nn.functional.cross_entropy(model(tokens, mask), labels)
 
 
 def transformer() -> tuple[nn.Module, Batch]:
@@ -223,7 +243,8 @@ def main() -> None:
         for case in cases:
             links[link][case.key] = measure(case.ddp, case.loss, case.optimizer, steps * case.more)
     if dist.get_rank() == 0:
-        (directory / "found.json").write_text(json.dumps({"profiles": profiles, "links": links}))
+        weights = "none" if "minilm" not in models else "pretrained" if language_folder() else "random"
+        (directory / "found.json").write_text(json.dumps({"profiles": profiles, "links": links, "weights": weights}))
     dist.destroy_process_group()
 
 
