@@ -28,11 +28,13 @@ def data():
     return TensorDataset(torch.randn(SAMPLES, 1, 8, 8, generator=g), torch.randint(0, 5, (SAMPLES,), generator=g))
 
 
-def train(rank, world, folder, epochs, *, mode="on", exact=True, augment=False, make=SmallResNet, budget=32 << 20):
+def train(
+    rank, world, folder, epochs, *, mode="on", exact=True, augment=False, make=SmallResNet, budget=32 << 20, seed=0
+):
     """Losses, final weights, and the cache's totals after each epoch."""
     os.environ.update(KGTRUN_CACHE=mode, KGTRUN_CACHE_DIR=str(folder), KGTRUN_CACHE_BYTES=str(budget))
     os.environ["KGTRUN_CACHE_DTYPE"] = "exact" if exact else "bf16"
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     ddp = FreezeAwareDDP(make(), policy=Replay([(1, 2)]), interval=3)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     sampler = DistributedSampler(data(), world, rank, shuffle=True, seed=4)
@@ -90,13 +92,13 @@ def test_two_ranks_that_shuffle_hit_in_every_later_epoch(run_ranks, tmp_path):
     assert len(list(folder.iterdir())) == 1, "one file for both ranks"
 
 
-def test_another_model_and_augmented_samples_never_hit(run_ranks, tmp_path):
+def test_another_model_other_weights_and_augmented_samples_never_hit(run_ranks, tmp_path):
     makes = [lambda: SmallViT(checkpointing="yes"), lambda: SmallResNet(depth=5), lambda: SmallResNet(width=4)]
-    runs = [(tmp_path, 2, {}), *((tmp_path, 1, {"make": make}) for make in makes)]
+    runs = [(tmp_path, 2, {}), *((tmp_path, 1, {"make": make}) for make in makes), (tmp_path, 1, {"seed": 1})]
     runs += [(tmp_path, 3, {"augment": True, "mode": mode}) for mode in ("on", "off")]
     ((first, *others, augmented, plain),) = run_ranks(1, run_all, runs)
     assert first[2][1].hits > 0
-    assert [totals[0].hits for _, _, totals, _ in others] == [0, 0, 0]
+    assert [totals[0].hits for _, _, totals, _ in others] == [0, 0, 0, 0]
     assert augmented[0] == plain[0]
     assert augmented[3]["hits"] == 0
     assert augmented[3]["misses"] > 0
