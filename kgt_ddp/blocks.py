@@ -193,12 +193,12 @@ class Blocks:
         ]
 
     def shared_in_prefix(self) -> list[str]:
-        """Names of parameters in the frozen prefix that still train through an active block."""
+        """Names of parameters in the frozen prefix that still train through an active block; not those that the user froze."""
         return [
             name
             for block in self.blocks[: self.frontier]
-            for name, last in block.shared.items()
-            if last >= self.frontier
+            for name, p in block.parameters
+            if block.shared.get(name, -1) >= self.frontier and id(p) not in self._user_frozen
         ]
 
     def frozen_buffers(self) -> list[str]:

@@ -1,7 +1,7 @@
 """From the output of the frontier block to records by sample, and back.
 
 A record is the sample's part of every tensor that has a batch dimension, one behind the other; of text, only the real
-tokens. In `compact` form 32-bit floats are kept as bfloat16 (half the bytes, a relative error of at most 2^-9); everything
+tokens. In `compact` form 32-bit floats are kept as bfloat16 (half the bytes, a relative error of at most 2^-8); everything
 else, and everything in exact form, keeps its bits. Tensors without a batch dimension (a bias that all samples share) are
 not in records; they are remembered per shape of the batch.
 """

@@ -158,6 +158,10 @@ def test_tied_weights_are_shared_with_their_last_user():
     assert model.embedding.weight.requires_grad
     assert "embedding.weight" in blocks.shared_in_prefix()
     assert not model.layers[0].mlp[0].weight.requires_grad
+    model.embedding.requires_grad_(False)
+    by_hand = ordered(model, torch.ones(2, 5, dtype=torch.long))
+    by_hand.move_to(2)
+    assert by_hand.shared_in_prefix() == []
 
 
 def test_watching_leaves_nothing_behind_and_changes_nothing():

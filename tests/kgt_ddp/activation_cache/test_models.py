@@ -102,7 +102,7 @@ def test_texts_hit_whatever_they_are_padded_to(tmp_path):
 
 
 def test_compact_records_stay_within_bfloat16s_error(tmp_path):
-    """One rounding to 8 significant bits of the frontier's output: 2^-9 of each element, a few times that of a gradient."""
+    """One rounding to 8 significant bits of the frontier's output: 2^-8 of each element, a few times that of a gradient."""
     for name in ("resnet", "bert"):
         make, batches, _ = CASES[name]
         ours, theirs, summary = both(make, batches, 2, tmp_path / name, exact=False)
