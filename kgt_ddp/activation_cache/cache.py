@@ -74,6 +74,7 @@ class ActivationCache:
         self._progress = progress
         self._frontier = 0
         """At the last forward."""
+        self._compiled = False
         self._said: tuple[Any, ...] = ()
         self._ids: Sequence[int] | None = None
         self._repeats = RepeatWatch(_world_size(ddp))
@@ -122,6 +123,7 @@ class ActivationCache:
         if frontier != self._frontier:
             self._frontier = frontier
             if self._session is not None and not self._stays(self._session, frontier):
+                self._compiled = self._compiled or self._session.compiled
                 self._session.close(discard=True)
                 self._session = None
         if self._session is None and frontier:
@@ -138,6 +140,7 @@ class ActivationCache:
                 counters=self.counters,
                 compact=not self.options.exact,
                 gate=self._gate(),
+                compiled=self._compiled,
             )
         return self._session
 

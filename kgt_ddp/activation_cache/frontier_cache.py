@@ -2,7 +2,8 @@
 
 A batch is *full* (every sample was found: the prefix does not run), *partial* (at least `WORTH_JOINING` were found: the
 prefix runs for the others), or *computed* (it runs as ever, and what was not there is written). Every
-`SPOT_CHECK_EVERY`th full batch is computed as well and compared; `wrong` then says what does not agree.
+`SPOT_CHECK_EVERY`th full batch is computed as well and compared; `wrong` then says what does not agree. A model that goes
+past what it is to be given, or is compiled meanwhile, computes as ever; `bypassed` then says so.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.activation_cache.arrival import Arrival
 from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.first_use import Route
@@ -26,10 +28,10 @@ from kgt_ddp.activation_cache.gate import Gate, Spent
 from kgt_ddp.activation_cache.key import Batch
 from kgt_ddp.activation_cache.outputs import map_tensors, poisoned
 from kgt_ddp.activation_cache.prefetch import Prefetch
-from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.activation_cache.prefix import COMPILED, Prefix
 from kgt_ddp.activation_cache.record import Rows, segments
 from kgt_ddp.activation_cache.sample_ids import SampleIds
-from kgt_ddp.activation_cache.short_circuit import now, replaced, stopped_at, timed
+from kgt_ddp.activation_cache.short_circuit import Replacement, now, replaced, stopped_at, timed
 from kgt_ddp.activation_cache.side_run import Outcome, close, on_the_side, outcome
 from kgt_ddp.activation_cache.store import Table
 from kgt_ddp.activation_cache.writer import Writer
@@ -50,6 +52,7 @@ class FrontierCache:
 
     Attributes:
         wrong: what a spot check found, or None.
+        bypassed: why what was read is not what the model goes on with, or None.
         finds: whether the latest batch was there, or enough of it.
         num_looked_up: samples of all batches.
     """
@@ -69,6 +72,7 @@ class FrontierCache:
     ) -> None:
         assert prefix.unit is not None
         self.wrong: str | None = None
+        self.bypassed: str | None = None
         self._model, self._prefix, self._unit = model, prefix, prefix.unit
         self._route, self._table, self._writer = route, table, writer
         self._gate, self._prefetch, self._counters = gate, prefetch, counters
@@ -99,7 +103,7 @@ class FrontierCache:
         if value is not None:
             spent = replace(spent, hits=hits)
             self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
-            with replaced(self._route.table(self._unit, value, batch)):
+            with self._giving(value, batch, arrival):
                 yield
         else:
             write_s = [0.0]
@@ -179,6 +183,44 @@ class FrontierCache:
             output = stopped_at(self._unit, lambda: self._model(*args, **kwargs))
         self._gate.computed(batch.size if index is None else len(index), now() - started)
         return output
+
+    @contextmanager
+    def _giving(self, value: Any, batch: Batch, arrival: Arrival | None) -> Iterator[None]:
+        """Around a forward whose frontier unit returns `value`. If it ends without a call of that unit, it is run again, with
+        nothing replaced: layers behind the frontier have then counted one more batch in their running statistics."""
+        calls: list[bool] = []
+        past: list[bool] = []
+
+        def give(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.append(torch_private.under_compilation())
+            return value
+
+        def unless_past(module: nn.Module, instead: Replacement) -> Replacement:
+            compute = module.forward
+            return lambda call, args, kwargs: compute(*args, **kwargs) if past else instead(call, args, kwargs)
+
+        def twice_if_past(compute: Callable[..., Any]) -> Replacement:
+            def forward(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = compute(*args, **kwargs)
+                if calls:
+                    return output
+                past.append(True)
+                if arrival is not None:
+                    arrival.fill()
+                return compute(*args, **kwargs)
+
+            return forward
+
+        table = {**self._route.table(self._unit, value, batch), self._unit: give}
+        with replaced(
+            {m: unless_past(m, instead) for m, instead in table.items()}
+            | {self._model: twice_if_past(self._model.forward)}
+        ):
+            yield
+        if past:
+            self.bypassed = f"block {self._prefix.blocks[-1].name} is not called as modules are any more"
+        elif any(calls):
+            self.bypassed = COMPILED
 
     # ---- computing and writing --------------------------------------------------------------------------------------
 

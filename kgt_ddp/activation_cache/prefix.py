@@ -23,6 +23,7 @@ from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.blocks import Block, Blocks
 
 FORMAT = 1
+COMPILED = "the model is compiled"
 _OUR_HOOKS = "kgt_ddp."
 _EDGE = "kgt_ddp.prefix_edge"
 
@@ -73,7 +74,7 @@ class Prefix:
                 f"{self._shared[0]} in block {self._owner(self._shared[0])} still trains: an active block uses it too"
             )
         if any(torch_private.is_compiled(module) for module in [self._model, *self._inside]):
-            return "the model is compiled"
+            return COMPILED
         for module in self._inside:
             if type(module).__call__ is not nn.Module.__call__:
                 return f"{self.name_of(module)} is not called as other modules are"

@@ -1,7 +1,8 @@
 """The cache at one cut, from its first batch on: may it be cached, and what has to be known before it is.
 
-States: *new* -> *watched* (one forward has shown no collectives) -> *measured* (the prefix was timed once) -> *ready*
-(the first use was checked, a file is open) -> *refused* (uncached for good, with a reason), which any state can turn into.
+States: *new* -> *watched* (one forward has shown no collectives, nor that it is compiled) -> *measured* (the prefix was timed
+once) -> *ready* (the first use was checked, a file is open) -> *refused* (uncached for good, with a reason), which any state
+can turn into.
 A refusal belongs to the cut: the next one starts anew. All of it concerns this rank only; nothing here communicates.
 What is done with a batch once all is ready is `frontier_cache`'s.
 """
@@ -25,8 +26,8 @@ from kgt_ddp.activation_cache.frontier_cache import FrontierCache
 from kgt_ddp.activation_cache.gate import Gate
 from kgt_ddp.activation_cache.key import Batch, Keys, UnkeyableError
 from kgt_ddp.activation_cache.prefetch import Prefetch
-from kgt_ddp.activation_cache.prefix import Prefix
-from kgt_ddp.activation_cache.short_circuit import timed
+from kgt_ddp.activation_cache.prefix import COMPILED, Prefix
+from kgt_ddp.activation_cache.short_circuit import Replacement, replaced, timed
 from kgt_ddp.activation_cache.store import ForeignFileError
 from kgt_ddp.activation_cache.writer import Writer
 
@@ -43,6 +44,7 @@ class Session:
     Args:
         gate: decides where it is given; without one the cache is used wherever it can be.
         compact: keep 32-bit floats as bfloat16.
+        compiled: whether an earlier cut's session has found that out: looking costs a compilation.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Session:
         counters: Counters,
         compact: bool,
         gate: Gate | None,
+        compiled: bool = False,
     ) -> None:
         self.prefix = prefix
         self.keys = Keys()
         self.gate = gate if gate is not None else Gate()
-        self.refused = prefix.objection()
+        self.refused = COMPILED if compiled else prefix.objection()
         self.digest: str | None = None
         self._model = model
         self._folder, self._writer, self._prefetch, self._counters = folder, writer, prefetch, counters
@@ -78,6 +81,11 @@ class Session:
         if self.refused is not None:
             return "refused"
         return self.gate.state if self._gated else "open"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether that is why it was refused."""
+        return self.refused == COMPILED
 
     @property
     def finds(self) -> bool:
@@ -103,8 +111,7 @@ class Session:
         if ids is not None:
             self._prefetch.learn(ids, batch)
         if not self._watched:
-            self._watched = True
-            with torch_private.watching_collectives(self._model, self._collectives):
+            with self._watching_calls(), torch_private.watching_collectives(self._model, self._collectives):
                 yield
             return
         if not self._prepared(batch):
@@ -118,6 +125,9 @@ class Session:
         if self._ready.wrong is not None:
             self.refused = self._ready.wrong
             self.close(discard=True)
+        elif self._ready.bypassed is not None:
+            self.refused = self._ready.bypassed
+            self.close()
 
     def close(self, *, discard: bool = False) -> None:
         """Let go of the file; `discard` deletes it, unless another process holds it."""
@@ -165,6 +175,31 @@ class Session:
         return arrival.identified(
             batch, lambda: self.keys.batch(args, kwargs), ready.has if ready is not None else None
         )
+
+    @contextmanager
+    def _watching_calls(self) -> Iterator[None]:
+        """Are the prefix's modules called by Python, which looks at the instance, or by code that was compiled, perhaps
+        around the wrapper or in between? Such code may go on to do what it did when it was compiled."""
+        seen: dict[nn.Module, list[bool]] = {part: [] for part in self.prefix.parts}
+
+        def noting(part: nn.Module) -> Replacement:
+            compute, calls = part.forward, seen[part]
+
+            def forward(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                calls.append(torch_private.under_compilation())
+                return compute(*args, **kwargs)
+
+            return forward
+
+        with replaced({part: noting(part) for part in seen}):
+            yield
+        assert self.prefix.unit is not None, "Prefix.objection() comes first"
+        if any(any(calls) for calls in seen.values()):
+            self.refused = COMPILED
+        elif not seen[self.prefix.unit]:
+            self._attempt(f"block {self.prefix.blocks[-1].name} was not called as modules are")
+        else:
+            self._watched = True
 
     def _collectives(self, found: str | None) -> None:
         """Ranks run on the side when each sees fit: a model that communicates in its forward would wait for others."""

@@ -18,6 +18,7 @@ from kgt_ddp.activation_cache.short_circuit import Replacement, replaced
 PRIVATE_NAMES: dict[str, str] = {
     "torch.utils._python_dispatch.TorchDispatchMode": "sees collectives that a model's own forward issues",
     "torch.Tensor._version": "counts writes in place: have frozen weights been written?",
+    "torch._C._dynamo.eval_frame.get_eval_frame_callback": "does torch.compile look at what is called here?",
 }
 
 PRIVATE_ATTRIBUTES: dict[str, str] = {
@@ -43,8 +44,18 @@ def hooks(module: nn.Module) -> list[object]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` or `Module.compile` was used on it."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    """Whether `torch.compile` or `Module.compile` was used on it, or on its `forward`."""
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = module.forward
+    compiled = hasattr(forward, "_torchdynamo_orig_callable")
+    return compiled and not getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable leaves both
+
+
+def under_compilation() -> bool:
+    """Whether the caller is called by something that `torch.compile` was used on: while it is traced, or where the trace
+    was broken off and Python goes on. False where nothing is compiled, and inside what `torch.compiler.disable` guards."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def writes(tensor: torch.Tensor) -> int:

@@ -29,6 +29,41 @@ def test_compiled_modules_are_known():
     assert torch_private.is_compiled(module)
 
 
+def test_a_compiled_forward_is_known_and_one_that_is_kept_from_it_is_no_such_thing():
+    class Compiled(nn.Linear):
+        forward = torch.compile(nn.Linear.forward, backend="eager")
+
+    class Disabled(nn.Linear):
+        forward = torch.compiler.disable(nn.Linear.forward)
+
+    module = nn.Linear(1, 1)
+    module.forward = torch.compile(module.forward, backend="eager")
+    assert torch_private.is_compiled(module)
+    assert torch_private.is_compiled(Compiled(1, 1))
+    assert not torch_private.is_compiled(Disabled(1, 1))
+
+
+def test_what_is_called_by_compiled_code_can_tell():
+    seen = []
+
+    def note(x):
+        seen.append(torch_private.under_compilation())
+        return x + 1
+
+    @torch.compiler.disable
+    def guarded(x):
+        return note(x)
+
+    def breaks(x):
+        return note(guarded(note(x)))
+
+    x = torch.zeros(2)
+    note(x)
+    torch.compile(note, backend="eager", fullgraph=True)(x)
+    torch.compile(breaks, backend="eager")(x)
+    assert seen == [False, True, True, False, True]
+
+
 def test_writes_in_place_are_counted():
     tensor = torch.zeros(2)
     before = torch_private.writes(tensor)

@@ -332,6 +332,46 @@ def test_a_compiled_model_is_refused(tmp_path):
         assert "is compiled" in cached.cache.refused
 
 
+class Bypasses(SmallResNet):
+    """Calls past its blocks' own `forward`, as code does that was compiled before it was replaced."""
+
+    bypassing = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = Residual.forward(block, x) if self.bypassing else block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_model_that_no_longer_takes_what_it_is_given_computes_and_is_refused(compiles, tmp_path, caplog):
+    with (
+        job(Bypasses, images()[0], 2, tmp_path) as cached,
+        job(Bypasses, images()[0], 2, tmp_path, mode="off") as plain,
+    ):
+        assert equal(cached.epochs(images(), 3), plain.epochs(images(), 3))
+        assert cached.cache.counters.full_batches > 0
+        if compiles:
+            cached.model.forward = torch.compile(cached.model.forward, backend="eager")
+        else:
+            cached.model.bypassing = True
+        assert equal(cached.epochs(images(), 2), plain.epochs(images(), 2))
+        expected = "the model is compiled" if compiles else "block blocks.1 is not called as modules are any more"
+        assert cached.cache.refused == expected
+        assert caplog.text.count("go uncached") == 1
+
+
+def test_a_forward_that_fails_refuses_nothing(tmp_path):
+    with job(SmallResNet, images()[0], 2, tmp_path) as cached:
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                cached.wrapper(torch.randn(4, 2, 8, 8))
+            cached.epochs(images(), 1)
+        assert cached.cache.refused is None
+        assert cached.cache.counters.full_batches > 0
+
+
 def test_the_check_leaves_no_trace(tmp_path):
     """Random numbers, running statistics of active layers, modes and gradients are as without it."""
     make = lambda: SmallResNet(dropout=0.2)  # noqa: E731

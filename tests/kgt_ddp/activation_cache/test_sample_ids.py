@@ -247,6 +247,30 @@ def test_a_model_that_reads_its_input_behind_the_frontier_gets_it(tmp_path, capl
     assert "reads them from behind the frontier" in caplog.text
 
 
+def test_a_model_that_goes_past_its_records_gets_its_input(cached, plain):
+    """Its frontier block is called by another name from then on, with samples left out."""
+
+    def leaving(made):
+        block = made.blocks[2].unit
+
+        class Other(type(block)):
+            def __call__(self, x):
+                return type(block).forward(self, x)
+
+        def at(epoch, step):
+            if (epoch, step) == (3, 5):
+                block.__class__ = Other
+
+        return at
+
+    data = Counting()
+    ours, counts = train(cached, CachedLoader(loader(with_ids(data)), cached.wrapper), 5, leaving(cached), data.decoded)
+    theirs, _ = train(plain, loader(Counting()), 5, leaving(plain))
+    assert counts[3] < SAMPLES
+    assert ours == theirs
+    assert "is not called as modules are any more" in cached.cache.refused
+
+
 def test_what_light_gives_is_compared(cached, caplog):
     data = Counting()
     wrong = CachedDataset(data, light=lambda i: (None, 0))
