@@ -40,6 +40,7 @@ class Arrival:
         waiting: row -> sample of the stand-ins that were not put back.
         leaves: the model's arguments that hold the input, once `find` has found them; the loader's tensor until then.
         entered: whether `find` has found them.
+        num_known: samples whose keys were known before they came.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Arrival:
         self.leaves: list[torch.Tensor] = []
         self.waiting: dict[int, int] = {}
         self.entered = False
+        self.num_known = 0
         self._dataset, self._collate = dataset, collate
         self._print: bytes | None = None
         self._rehash: Rehash
@@ -66,6 +68,11 @@ class Arrival:
             raise ChangedBatchError("CachedLoader: batches do not come in the order in which they were drawn")
         if watched and not self.waiting and not self.ids.dropped:
             self._print = _print(value)
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Whether such samples need not be decoded, some day."""
+        return self.entered and not self.ids.dropped
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict: bool = True) -> bool:
         """Find the input among a forward's arguments; whether it is there with stand-ins.
@@ -143,6 +150,7 @@ class Arrival:
         if ids.dropped or not self.entered:
             return batch
         ids.use_common(batch.common)
+        self.num_known = ids.num_known(self.samples)
         for row, sample in enumerate(self.samples):
             if row not in self.waiting and not ids.meet(sample, batch.keys[row]):
                 return self.restore(batch)

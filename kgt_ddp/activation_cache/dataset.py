@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import struct
+import time
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import xxhash
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from kgt_ddp.activation_cache.sample_ids import SampleIds
 
@@ -75,7 +76,10 @@ class CachedDataset(Dataset[Any]):
             return self.dataset[index]
         if self._like is not None and self.ids.may_skip(self._folder, int(index)):
             return self.replaced(self._light(int(index)), stand_in(self._like, int(index)))
+        started = time.perf_counter()
         sample = self.dataset[index]
+        worker = get_worker_info()
+        self.ids.decoded(time.perf_counter() - started, worker.num_workers if worker is not None else 0)
         self._look_at(sample, int(index))
         return sample
 

@@ -101,7 +101,7 @@ class FrontierCache:
             else:
                 self._offer(arrival, batch, value)
         if value is not None:
-            spent = replace(spent, hits=hits)
+            spent = replace(spent, hits=hits, undecoded=self._undecoded(arrival, hits))
             self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
             with self._giving(value, batch, arrival):
                 yield
@@ -283,6 +283,14 @@ class FrontierCache:
                 )
         if self._ignored[ids]:
             ids.publish(self._table.digest)
+
+    def _undecoded(self, arrival: Arrival | None, hits: int) -> int:
+        """How many of the hits need not be decoded, by this rank, from the time on when ids are proven."""
+        if arrival is None or not arrival.may_be_left_out or not self._ignored.get(arrival.ids, True):
+            self._gate.decodes(0.0)
+            return 0
+        self._gate.decodes(arrival.ids.decode_s_per_sample)
+        return min(hits, arrival.num_known)
 
     def _ignores(self, leaves: Sequence[torch.Tensor], batch: Batch, value: Any) -> bool:
         """Whether the model's outcome is the same with NaN in the input, if the frontier unit returns `value`."""

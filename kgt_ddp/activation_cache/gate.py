@@ -39,6 +39,8 @@ class Spent:
 
     samples: int
     hits: int = 0
+    undecoded: int = 0
+    """Hits that need not be decoded (`dataset.CachedDataset`)."""
     wall_s: float = 0.0
     """Time since the batch before."""
     lookup_s: float = 0.0
@@ -65,6 +67,7 @@ class Gate:
         self._hope = max(HOPE, repeating / 2)
         self._compute_s = 0.0
         self._computed = 0
+        self._decode_s = 0.0
         self._looked_up = 0
         self._window: list[Spent] = []
         self._losses = 0
@@ -84,12 +87,17 @@ class Gate:
         self._computed += samples
         self._compute_s += seconds
 
+    def decodes(self, seconds_per_sample: float) -> None:
+        """What the training gains by each sample that is not decoded, besides computing; 0 where all samples are."""
+        self._decode_s = seconds_per_sample
+
     def predict(self, read_s_per_sample: float) -> None:
         """Compare a read with a computation before anything is written."""
-        if self._computed and read_s_per_sample > MARGIN * self.compute_s_per_sample:
+        saved_s = self.compute_s_per_sample + self._decode_s
+        if self._computed and read_s_per_sample > MARGIN * saved_s:
             self._close(
                 f"reading a sample would take {read_s_per_sample * 1e6:.0f} us, "
-                f"computing it takes {self.compute_s_per_sample * 1e6:.0f} us"
+                f"{'decoding and ' if self._decode_s else ''}computing it takes {saved_s * 1e6:.0f} us"
             )
 
     def give_up(self, reason: str) -> None:
@@ -122,16 +130,14 @@ class Gate:
         hits = sum(b.hits for b in window)
         cost = sum(b.lookup_s + b.read_s + b.write_s for b in window)
         wall = sum(b.wall_s for b in window)
-        saved = hits * self.compute_s_per_sample
+        saved = hits * self.compute_s_per_sample + sum(b.undecoded for b in window) * self._decode_s
         rate = hits / samples if samples else 0.0
         retrying, self._retrying = self._retrying, False
         if rate >= LOW_HIT_RATE:
             self._looked_up = 0
         if rate >= LOW_HIT_RATE and saved > cost:
             self.state, self._losses, self._pause = "open", 0, PAUSE
-            self.reason = (
-                f"{rate:.0%} hits save {saved / len(window):.2g} s of computing a batch, for {cost / len(window):.2g} s"
-            )
+            self.reason = f"{rate:.0%} hits save {saved / len(window):.2g} s a batch, for {cost / len(window):.2g} s"
             return
         if retrying:
             self._close(f"{rate:.1%} hits in a short try")
@@ -146,7 +152,7 @@ class Gate:
 
     def _allowance(self, wall: float, samples: int) -> float:
         """Seconds that a window may cost while hits are still to come: a part of what they would save, at least."""
-        return max(TRIAL_SHARE * wall, self._hope * samples * self.compute_s_per_sample)
+        return max(TRIAL_SHARE * wall, self._hope * samples * (self.compute_s_per_sample + self._decode_s))
 
     def _close(self, reason: str) -> None:
         self.state, self.reason = "closed", reason

@@ -12,6 +12,7 @@ Over a `dataset.CachedDataset` the ids are more than hints: samples whose record
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -72,14 +73,17 @@ class CachedLoader:
     def __iter__(self) -> Iterator[Any]:
         self._drawn.clear()
         self._num_announced = 0
+        started: float | None = None  # the first batch also waits for workers to start
         for batch in self._loader:
+            waited_s = time.perf_counter() - started if started is not None else None
             ids = self._drawn.popleft()
             self._num_announced -= 1
             self._announce()
             cache = self._cache()
             if cache is not None:
-                cache.comes(ids, self._arrival(ids, batch, cache.watching))
+                cache.comes(ids, self._arrival(ids, batch, cache.watching, waited_s))
             yield batch
+            started = time.perf_counter()
 
     def drawn(self, ids: list[int]) -> None:
         """The sampler drew a batch that will come."""
@@ -93,11 +97,13 @@ class CachedLoader:
                 cache.expect(self._drawn[self._num_announced])
             self._num_announced += 1
 
-    def _arrival(self, ids: list[int], batch: Any, watched: bool) -> Arrival | None:
+    def _arrival(self, ids: list[int], batch: Any, watched: bool, waited_s: float | None) -> Arrival | None:
         """The batch of a data set with stable ids."""
         if not isinstance(self._dataset, CachedDataset) or not self._dataset.is_bound:
             return None
         arrival = Arrival(ids, self._dataset, self._loader.collate_fn, batch, watched=watched)
+        if waited_s is not None and not arrival.waiting:
+            arrival.ids.waited(waited_s / len(ids))
         model = self._model()
         if not watched:
             arrival.give_up()

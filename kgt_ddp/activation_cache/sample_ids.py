@@ -12,6 +12,7 @@ skipped is decoded all the same. One repeat that differs and ids are dropped for
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ PROBATION = 64
 CHECK_EVERY = 64
 _NO_KEY = bytes(KEY_BYTES)
 _DROPPED, _REPEATED, _CANDIDATES = range(3)
+_DECODING, _WAITING = range(2)
+_FADING = 1 / 16
 DROP_REASONS = {
     1: "a sample is not the same every time (a random transform?)",
     2: "`light` gives something else than the data set beside the input",
@@ -51,6 +54,7 @@ class SampleIds:
         self.num_samples = num_samples
         self._keys = torch.zeros(max(num_samples, 1), KEY_BYTES, dtype=torch.uint8).share_memory_()
         self._numbers = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._seconds = torch.zeros(2, dtype=torch.float64).share_memory_()
         self._file = torch.zeros(16, dtype=torch.uint8).share_memory_()
         self._open: tuple[str, Table | None] = ("", None)
         self._said = False
@@ -79,6 +83,19 @@ class SampleIds:
         else:
             self.drop(1)
         return known is None or known == key
+
+    def num_known(self, samples: Sequence[int]) -> int:
+        """How many of these have a key."""
+        return int(self._keys[list(samples)].any(1).sum())
+
+    def waited(self, seconds: float) -> None:
+        """So long the training waited for a sample of a batch of which all were decoded."""
+        self._fade(_WAITING, seconds)
+
+    @property
+    def decode_s_per_sample(self) -> float:
+        """What a sample that is not decoded saves the training: with workers that keep up with it, nothing."""
+        return float(self._seconds.min())
 
     def use_common(self, common: bytes) -> None:
         """Keys made with anything else in common than this mean nothing from now on."""
@@ -112,7 +129,15 @@ class SampleIds:
             why = DROP_REASONS[int(self._numbers[_DROPPED])]
             logger.warning("activation cache: sample ids are not used any more, all samples are decoded: %s", why)
 
+    def _fade(self, which: int, seconds: float) -> None:
+        before = float(self._seconds[which])
+        self._seconds[which] = before + _FADING * (seconds - before) if before else seconds
+
     # ---- workers ----------------------------------------------------------------------------------------------------
+
+    def decoded(self, seconds: float, num_workers: int) -> None:
+        """A sample was decoded, by one of so many workers. They race for the number; a lost one is one measurement less."""
+        self._fade(_DECODING, seconds / max(num_workers, 1))
 
     def may_skip(self, folder: Path, sample: int) -> bool:
         """Whether this sample's record seems to be there, and it is not this sample's turn to be checked."""

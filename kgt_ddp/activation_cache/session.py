@@ -114,7 +114,7 @@ class Session:
             with self._watching_calls(), torch_private.watching_collectives(self._model, self._collectives):
                 yield
             return
-        if not self._prepared(batch):
+        if not self._prepared(batch, arrival):
             assert self.prefix.unit is not None, "Prefix.objection() comes first"
             with timed(self._model, self.prefix.unit, lambda seconds, _: self.gate.computed(batch.size, seconds)):
                 yield
@@ -218,10 +218,14 @@ class Session:
         if self._attempts >= _ATTEMPTS:
             self.refused = reason
 
-    def _prepared(self, batch: Batch) -> bool:
+    def _prepared(self, batch: Batch, arrival: Arrival | None) -> bool:
         """Whether everything is there to use the cache for this batch; if not, do one thing about it."""
         if not self.gate.compute_s_per_sample:
             return False
+        if self._ready is None:
+            self.gate.decodes(
+                arrival.ids.decode_s_per_sample if arrival is not None and arrival.may_be_left_out else 0.0
+            )
         if self._route is None or (batch.padded and not self._route.padding_seen and self._route.codec.by_token):
             return self._check(batch) and False  # the keys may be others now: from the next batch on
         return self._ready is not None or self._open(self._route)

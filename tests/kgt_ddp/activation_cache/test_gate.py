@@ -7,7 +7,7 @@ from kgt_ddp.activation_cache.gate import LONGEST_PAUSE, PATIENCE, PAUSE, RETRY,
 BATCH = 64
 
 
-def feed(gate, batches, *, rate=0.0, lookup_s=1e-4, read_s=1e-4, write_s=1e-4, wall_s=0.1):
+def feed(gate, batches, *, rate=0.0, undecoded=0.0, lookup_s=1e-4, read_s=1e-4, write_s=1e-4, wall_s=0.1):
     """So many batches; returns how many of them used the cache."""
     used = 0
     for _ in range(batches):
@@ -15,7 +15,8 @@ def feed(gate, batches, *, rate=0.0, lookup_s=1e-4, read_s=1e-4, write_s=1e-4, w
             continue
         used += 1
         hits = int(rate * BATCH)
-        gate.spent(Spent(samples=BATCH, hits=hits, wall_s=wall_s, lookup_s=lookup_s, read_s=read_s, write_s=write_s))
+        costs = {"lookup_s": lookup_s, "read_s": read_s, "write_s": write_s}
+        gate.spent(Spent(samples=BATCH, hits=hits, undecoded=int(undecoded * hits), wall_s=wall_s, **costs))
     return used
 
 
@@ -81,6 +82,36 @@ def test_a_shallow_prefix_with_wide_outputs_is_not_tried():
     g = gate(compute_s=BATCH * 200e-6)
     g.predict(read_s_per_sample=40e-6)
     assert g.state == "trying"
+
+
+def test_what_need_not_be_decoded_counts():
+    """Reading takes longer than computing, but not than decoding and computing."""
+    for decode_s, undecoded, state in ((0.0, 1.0, "closed"), (2e-4, 0.0, "closed"), (2e-4, 1.0, "open")):
+        g = gate(compute_s=0.001)
+        g.decodes(decode_s)
+        feed(g, 2 * WINDOW, rate=1.0, undecoded=undecoded, read_s=0.004)
+        assert g.state == state
+    g.decodes(0.0)
+    feed(g, 2 * WINDOW, rate=1.0, undecoded=1.0, read_s=0.004)
+    assert g.state == "closed"
+
+
+def test_a_read_is_compared_with_decoding_too():
+    g = gate(compute_s=BATCH * 20e-6)
+    g.decodes(1e-3)
+    g.predict(read_s_per_sample=40e-6)
+    assert g.state == "trying"
+    g.predict(read_s_per_sample=2e-3)
+    assert g.state == "closed"
+    assert "decoding and computing it takes 1020 us" in g.reason
+
+
+def test_a_first_epoch_may_cost_more_where_decoding_could_be_saved():
+    for decode_s, state in ((0.0, "closed"), (3e-3, "trying")):
+        g = gate(compute_s=0.004)
+        g.decodes(decode_s)
+        feed(g, 4 * WINDOW, write_s=0.01)
+        assert g.state == state
 
 
 def test_without_a_measurement_nothing_is_predicted():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from kgt_ddp import CachedDataset, CachedLoader, FreezeAwareDDP
+from kgt_ddp.activation_cache import session
 from kgt_ddp.activation_cache.arrival import ChangedBatchError
 from kgt_ddp.activation_cache.dataset import marked, stand_in
-from kgt_ddp.activation_cache.sample_ids import CHECK_EVERY
+from kgt_ddp.activation_cache.sample_ids import CHECK_EVERY, SampleIds
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.activation_cache.jobs import job
 from tests.kgt_ddp.networks import SmallResNet
@@ -269,6 +271,47 @@ def test_a_model_that_goes_past_its_records_gets_its_input(cached, plain):
     assert counts[3] < SAMPLES
     assert ours == theirs
     assert "is not called as modules are any more" in cached.cache.refused
+
+
+def test_decoding_saves_what_the_training_waits_for_and_no_more():
+    ids = SampleIds(10)
+    assert ids.decode_s_per_sample == 0.0
+    ids.decoded(0.008, num_workers=0)
+    assert ids.decode_s_per_sample == 0.0, "nobody waited yet"
+    ids.waited(0.009)
+    assert ids.decode_s_per_sample == pytest.approx(0.008)
+    for _ in range(200):
+        ids.decoded(0.008, num_workers=4)
+    assert ids.decode_s_per_sample == pytest.approx(0.002, rel=0.01), "four at a time"
+    for _ in range(200):
+        ids.waited(1e-5)
+    assert ids.decode_s_per_sample == pytest.approx(1e-5, rel=0.01), "workers keep up with the training"
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_slow_decoding_opens_the_gate_if_samples_need_not_be_decoded(ids, tmp_path, monkeypatch):
+    """A read is taken to cost much more than computing these few blocks, and less than decoding."""
+    monkeypatch.setattr(session, "READ_S", 0.01)
+    pause = [0.02 if ids else 0.0]
+
+    def slow(image):
+        time.sleep(pause[0])
+        return image
+
+    with job(SmallResNet, ((IMAGES[:4],), {}), 3, tmp_path, mode="auto") as made:
+        made.wrapper.freezing = Freezing(made.cache)
+        data = Counting(transform=slow)
+        batches = CachedLoader(loader(with_ids(data) if ids else data), made.wrapper)
+        train(made, batches, 1)
+        assert made.cache.state == ("trying" if ids else "closed")
+        if ids:
+            pause[0] = 0.005
+            _, counts = train(made, batches, 4, decoded=data.decoded)
+            assert made.cache.state == "open"
+            assert counts[-1] < SAMPLES / 8
+            assert "reading" not in made.cache._session.gate.reason
+        else:
+            assert "reading a sample would take" in made.cache._session.gate.reason
 
 
 def test_what_light_gives_is_compared(cached, caplog):
