@@ -125,8 +125,9 @@ class Attempt:
 
     def _hint(self, ending: Ending) -> str:
         """What else is known about an ending that was not our doing."""
+        kills = out_of_memory_kills()
+        if kills is None or self._kills_before is None or kills <= self._kills_before:
+            return ""
         if ending.returncode == -signal.SIGKILL:
-            kills = out_of_memory_kills()
-            if kills is not None and self._kills_before is not None and kills > self._kills_before:
-                return "killed by the kernel for want of memory (its oom_kill counter rose)"
-        return ""
+            return "killed by the kernel for want of memory (its oom_kill counter rose)"
+        return "meanwhile the kernel killed a process for want of memory (its oom_kill counter rose)"

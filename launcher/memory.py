@@ -1,7 +1,9 @@
 """Recognises that the kernel killed a process for want of memory.
 
 The kernel says so only by a counter of the cgroup: it is read at the start and again when a rank died of SIGKILL that
-nobody here sent.
+nobody here sent, or failed otherwise, for a process it had started may have been the one that was killed.
+
+Under cgroup v1 the counter of a group leaves out the groups below it; ranks are in the launcher's own.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from pathlib import Path
 
 
 def out_of_memory_kills(root: Path = Path("/")) -> int | None:
-    """Processes of this cgroup (and those below) killed for memory so far; None where it cannot be read."""
+    """Processes of this cgroup (and, v2, those below) killed for memory so far; None where it cannot be read."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        place = path.strip("/")
         if not controllers:
-            found = _counter(root / "sys/fs/cgroup" / place / "memory.events", "oom_kill")
+            base, name = root / "sys/fs/cgroup", "memory.events"
         elif "memory" in controllers.split(","):
-            found = _counter(root / "sys/fs/cgroup/memory" / place / "memory.oom_control", "oom_kill")
+            base, name = root / "sys/fs/cgroup/memory", "memory.oom_control"
         else:
             continue
-        if found is not None:
-            return found
+        # A container may see its own group as the top of the tree, under a path that is the host's.
+        for place in (base / path.strip("/"), base):
+            found = _counter(place / name, "oom_kill")
+            if found is not None:
+                return found
     return _counter(root / "proc/vmstat", "oom_kill")
 
 

@@ -99,11 +99,23 @@ def test_the_result_keeps_what_others_have_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_out_of_memory_kills_are_read_from_the_cgroup(tmp_path):
+OOM_FILES = [
+    ("0::/job", "job/memory.events", "low 0\noom 3\noom_kill 2\n"),
+    ("4:memory:/a/job\n0::/", "memory/a/job/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+    ("0::/\n4:cpu,memory:/hosts/path", "memory/memory.oom_control", "oom_kill 2\n"),  # a container under v1
+    ("0::/", "../../../proc/vmstat", "pgfault 9\noom_kill 2\n"),  # the root of v2 has no counter of its own
+]
+
+
+@pytest.mark.parametrize(("groups", "file", "text"), OOM_FILES, ids=["v2", "v1", "container", "machine"])
+def test_out_of_memory_kills_are_read_from_the_cgroup(tmp_path, groups, file, text):
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
-    (tmp_path / "sys/fs/cgroup/job").mkdir(parents=True)
-    (tmp_path / "sys/fs/cgroup/job/memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    assert out_of_memory_kills(tmp_path) is None
+    path = tmp_path / "sys/fs/cgroup" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     assert out_of_memory_kills(tmp_path) == 2
 
 
