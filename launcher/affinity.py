@@ -1,10 +1,10 @@
 """Shares the cores of this node among ranks and side-cars. A pure function of numbers, but for `taken_by_others`.
 
 With two physical cores or more for each rank and one for each side-car, and no cgroup quota or grant of a scheduler below
-that (under which a core of one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA order and
-side-cars the last cores. Otherwise nothing is pinned: on a crowded machine the scheduler does better than any fixed
-share. Data-loader workers inherit the cores of their rank; from four cores on, one is left to them when threads are
-counted.
+that (under which a core of one's own is not one), ranks get disjoint runs of neighbouring cores in NUMA order, none
+across two nodes where runs of that length fit so, and side-cars the last cores that are left. Otherwise nothing is
+pinned: on a crowded machine the scheduler does better than any fixed share. Data-loader workers inherit the cores of
+their rank; from four cores on, one is left to them when threads are counted.
 
 A rank that has the node to itself is left alone, as torchrun leaves it, unless the scheduler of a cluster says which part
 of the node is the job's. OMP_NUM_THREADS otherwise follows the share and is not 1 for everyone. What the user has set
@@ -54,7 +54,8 @@ def share(topology: Topology, *, num_ranks: int, num_sidecars: int, taken: Itera
     if not enough:
         why = f"{len(free)} of {allowed} cores are free" if busy & frozenset().union(*cores) else f"{allowed} cores"
         return _unpinned(allowed, num_ranks, num_sidecars, why)
-    return _pinned(free, num_ranks, num_sidecars)
+    node_of = {cpu.number: cpu.node for cpu in topology.cpus}
+    return _pinned(free, [node_of[min(core)] for core in free], num_ranks, num_sidecars)
 
 
 def _unpinned(allowed: int, num_ranks: int, num_sidecars: int, why: str) -> Shares:
@@ -69,16 +70,29 @@ def _unpinned(allowed: int, num_ranks: int, num_sidecars: int, why: str) -> Shar
     )
 
 
-def _pinned(free: list[frozenset[int]], num_ranks: int, num_sidecars: int) -> Shares:
-    for_ranks = free[: len(free) - num_sidecars]
-    size = len(for_ranks) // num_ranks
-    ranks = tuple(frozenset().union(*for_ranks[i * size : (i + 1) * size]) for i in range(num_ranks))
-    sidecars = tuple(free[len(free) - num_sidecars + i] for i in range(num_sidecars))
+def _pinned(free: list[frozenset[int]], nodes: list[int], num_ranks: int, num_sidecars: int) -> Shares:
+    size = (len(free) - num_sidecars) // num_ranks
+    starts = _starts(nodes, size, num_ranks)
+    ranks = tuple(frozenset().union(*free[start : start + size]) for start in starts)
+    left = [core for core in free if not any(core <= cores for cores in ranks)]
+    sidecars = tuple(left[len(left) - num_sidecars :])
     threads = size - 1 if size >= _CORES_WORTH_A_LOADER else size
     words = f"{num_ranks} ranks get {size} cores each ({'; '.join(map(format_cpus, ranks))}), OMP_NUM_THREADS={threads}"
     if sidecars:
         words += f"; references get {'; '.join(map(format_cpus, sidecars))}"
     return Shares(ranks=ranks, sidecars=sidecars, rank_threads=threads, sidecar_threads=1, words=words)
+
+
+def _starts(nodes: list[int], size: int, num_ranks: int) -> list[int]:
+    """Where the run of each rank begins. `nodes`: NUMA node of each core, ascending."""
+    inside, at = [], 0
+    while at + size <= len(nodes):
+        if nodes[at] == nodes[at + size - 1]:
+            inside.append(at)
+            at += size
+        else:
+            at += 1
+    return inside[:num_ranks] if len(inside) >= num_ranks else [rank * size for rank in range(num_ranks)]
 
 
 def taken_by_others(variable: str) -> frozenset[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
 import torch.distributed.elastic.rendezvous.registry as rendezvous_registry
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic import events, metrics
@@ -56,6 +58,25 @@ def count_ranks(word: str) -> int:
         return determine_local_world_size(word)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--nproc-per-node {word}: {error}; use a number, auto, cpu, gpu or xpu") from error
+
+
+def numa_options(mode: str | None, num_ranks: int) -> NumaOptions | None:
+    """What --numa-binding asks of torch, which looks for the cores near each rank's GPU only when it starts the rank.
+
+    Raises:
+        ValueError: it could not do so here.
+    """
+    if mode is None:
+        return None
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < num_ranks:
+        raise ValueError(
+            f"--numa-binding {mode}: ranks are bound to the cores near their GPU, and {num_ranks} ranks find {num_gpus} "
+            "GPUs here; leave it out, and ranks get cores by NUMA node where there are enough"
+        )
+    if shutil.which("numactl") is None:
+        raise ValueError(f"--numa-binding {mode}: torch needs the program numactl, which is not installed here")
+    return NumaOptions(affinity_mode=AffinityMode(mode))
 
 
 def streams(spec: Streams) -> Std | dict[int, Std]:
@@ -221,9 +242,7 @@ def build_agent(
         master_port=master_port,
         local_addr=config.rendezvous.local_addr,
         event_log_handler=config.event_log_handler,
-        numa_options=NumaOptions(affinity_mode=AffinityMode(config.ranks.numa_binding))
-        if config.ranks.numa_binding
-        else None,
+        numa_options=numa_options(config.ranks.numa_binding, num_ranks),
         virtual_local_rank=config.ranks.virtual_local_rank,
     )
     return RankAgent(

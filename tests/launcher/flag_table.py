@@ -56,7 +56,8 @@ TESTS: dict[str, str] = {
     "master-port": MEETS,
     "local-addr": MEETS,
     "logs-specs": f"{ELASTIC}::test_a_logs_plugin_takes_over_and_still_passes_the_environment",
-    "numa-binding": SPEC,
+    "numa-binding": "tests/launcher/test_numa_integration.py::"
+    "test_ranks_are_on_the_node_of_their_gpu_and_our_sharing_stays_away",
     "signals-to-handle": f"{OPTIONS}::test_a_signal_named_to_be_handled_ends_the_run",
     "shutdown-timeout": f"{LAUNCH}::test_the_grace_is_honoured_and_a_second_signal_hurries",
     "virtual-local-rank": f"{OPTIONS}::test_virtual_local_rank",
@@ -93,6 +94,7 @@ DIFFERENCES: dict[str, str] = {
     "signals-to-handle": "a second signal hurries; exit code 128+N; USR1 and USR2 reach ranks that handle them anyway",
     "shutdown-timeout": "honoured on every path, whole process trees included",
     "no-python": "no boot step: no drop-in, no traceback in the report unless the program uses @record",
+    "numa-binding": "refused, instead of torch's traceback, without a GPU for each rank or without numactl",
     "logs-specs": "the plug-in replaces prefix and console as well",
 }
 

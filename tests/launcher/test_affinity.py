@@ -19,10 +19,25 @@ def machine(num_cores: int, *, siblings: int = 1, nodes: int = 1, quota: float |
 
 def test_plenty_of_cores_are_split_in_numa_order_and_references_get_the_last():
     found = share(machine(16, nodes=2), num_ranks=2, num_sidecars=1)
-    assert found.ranks == (frozenset(range(7)), frozenset(range(7, 14)))
+    assert found.ranks == (frozenset(range(7)), frozenset(range(8, 15)))  # 7 is left: no rank is on both nodes
     assert found.sidecars == (frozenset({15}),)
     assert found.rank_threads == 6  # one of seven is left to the data loaders
     assert "7 cores each" in found.words and "references get 15" in found.words
+
+
+@pytest.mark.parametrize(
+    ("ranks", "refs", "runs", "references"),
+    [
+        (2, 2, ["0-6", "8-14"], ["7", "15"]),
+        (4, 0, ["0-3", "4-7", "8-11", "12-15"], []),
+        (3, 0, ["0-4", "5-9", "10-14"], []),  # no three runs of five fit into two nodes of eight
+        (5, 1, ["0-2", "3-5", "6-8", "9-11", "12-14"], ["15"]),
+    ],
+)
+def test_no_rank_is_on_two_nodes_where_that_fits(ranks, refs, runs, references):
+    found = share(machine(16, nodes=2), num_ranks=ranks, num_sidecars=refs)
+    assert [format_cpus(cores) for cores in found.ranks] == runs
+    assert [format_cpus(cores) for cores in found.sidecars] == references
 
 
 def test_siblings_stay_together_and_count_once():
@@ -60,16 +75,36 @@ def test_lists_of_cores():
         parse_cpus("a")
 
 
-def test_topology_and_quota_are_read_from_the_files_of_the_kernel(tmp_path):
-    for cpu, (package, core) in {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}.items():
-        place = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+def write_tree(root, *, cores, nodes):
+    """`cores`: logical number → (package, core). `nodes`: NUMA node → list of logical numbers."""
+    for cpu, (package, core) in cores.items():
+        place = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         place.mkdir(parents=True)
         (place / "physical_package_id").write_text(f"{package}\n")
         (place / "core_id").write_text(f"{core}\n")
-    for node, cpus in {0: "0-1", 1: "2-3"}.items():
-        place = tmp_path / f"sys/devices/system/node/node{node}"
+    for node, cpus in nodes.items():
+        place = root / f"sys/devices/system/node/node{node}"
         place.mkdir(parents=True)
         (place / "cpulist").write_text(cpus)
+
+
+def test_ranks_keep_to_a_node_whose_cores_are_numbered_in_turn_with_the_others(tmp_path):
+    """Two sockets of six cores and two threads, numbered as many servers do: even ones on the first, odd on the second."""
+    cores = {cpu: (cpu % 2, cpu % 12 // 2) for cpu in range(24)}
+    even, odd = (",".join(str(cpu) for cpu in range(first, 24, 2)) for first in (0, 1))
+    write_tree(tmp_path, cores=cores, nodes={0: even, 1: odd})
+    found = share(read_topology(allowed=range(24), root=tmp_path), num_ranks=4, num_sidecars=0)
+    assert [sorted(its) for its in found.ranks] == [
+        [0, 2, 4, 12, 14, 16],
+        [6, 8, 10, 18, 20, 22],
+        [1, 3, 5, 13, 15, 17],
+        [7, 9, 11, 19, 21, 23],
+    ]
+
+
+def test_topology_and_quota_are_read_from_the_files_of_the_kernel(tmp_path):
+    cores = {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1)}
+    write_tree(tmp_path, cores=cores, nodes={0: "0-1", 1: "2-3"})
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
     (tmp_path / "sys/fs/cgroup/a/b").mkdir(parents=True)

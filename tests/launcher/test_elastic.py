@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launcher import elastic
 from launcher.config import LaunchConfig, LogSpec, RankSpec, RendezvousSpec, SidecarSpec, parse_streams
@@ -36,7 +38,14 @@ def agent_of(made: LaunchConfig) -> elastic.RankAgent:
     )
 
 
-def test_the_workers_are_specified_as_asked_for(tmp_path):
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs and numactl, as far as a check can see."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+
+
+def test_the_workers_are_specified_as_asked_for(tmp_path, gpus):
     asked = config(
         tmp_path,
         ranks={"role": "actor", "numa_binding": "node", "virtual_local_rank": True},
@@ -52,6 +61,15 @@ def test_the_workers_are_specified_as_asked_for(tmp_path):
     assert (spec.entrypoint, spec.args) == ("python", ("x.py",))
     parameters = elastic.rendezvous_parameters(asked.rendezvous)
     assert parameters.get("read_timeout") == "61" and parameters.get("timeout") == 900
+
+
+def test_a_numa_binding_that_cannot_be_is_refused_before_anything_starts(gpus, monkeypatch):
+    assert elastic.numa_options(None, 8) is None
+    with pytest.raises(ValueError, match="3 ranks find 2 GPUs here"):
+        elastic.numa_options("socket", 3)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match="--numa-binding socket: torch needs the program numactl"):
+        elastic.numa_options("socket", 2)
 
 
 def test_static_rendezvous_takes_the_nodes_rank(tmp_path):
