@@ -76,6 +76,17 @@ def _without_boot(traceback):
     return traceback
 
 
+def _origin(error: BaseException) -> BaseException:
+    """The first of the exceptions that led to this one, through causes and `finally` blocks that raised themselves."""
+    seen = {id(error)}
+    while True:
+        before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if before is None or id(before) in seen:
+            return error
+        seen.add(id(before))
+        error = before
+
+
 def _record(error: BaseException, moment_s: float) -> None:
     """Write an uncaught exception for the launcher; never raises."""
     path = os.environ.get("KGTRUN_ERROR_FILE")
@@ -88,7 +99,8 @@ def _record(error: BaseException, moment_s: float) -> None:
     lines = [] if exited else traceback.format_exception(type(error), error, _without_boot(error.__traceback__))
     text = "".join(lines)
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    found = {"monotonic_s": moment_s, "type": type(error).__name__, "code": code & 0xFF, "traceback": text}
+    origin = "".join(traceback.format_exception_only(_origin(error)))[:2000]
+    found = {"monotonic_s": moment_s, "code": code & 0xFF, "origin": origin, "traceback": text}
     try:
         with open(path, "w") as f:
             json.dump(found, f)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher import first_failure, process_tree
 from launcher.config import LaunchConfig
@@ -59,7 +60,25 @@ class Attempt:
 
     def failed(self) -> bool:
         """Whether the ranks are to be ended."""
-        return not self._ended and (self._watch.failed.is_set() or self.hung.is_set())
+        if self._ended or not self._watch.failed.is_set():
+            return not self._ended and self.hung.is_set()
+        failed = [ending for ending in self._watch.endings if ending.returncode]
+        if all(first_failure.is_reaction(its.returncode, self._error_of(its.key)) for its in failed):
+            return self.hung.is_set() or not self.may_tell_more(failed[0].monotonic_s)
+        return True
+
+    def may_tell_more(self, since_s: float) -> bool:
+        """Whether a rank that still runs may tell why others lost their connections, at `since_s`, monotonic time.
+
+        It may have raised before, and be about to end; ended by us it could not say so any more.
+        """
+        patience_s = min(first_failure.HEAR_OUT_S, self._config.shutdown_timeout_s)
+        if self._ended or time.monotonic() > since_s + patience_s:
+            return False
+        return not all(self._runtime.error(rank, self.number).exists() for rank in self.running_ranks())
+
+    def _error_of(self, local_rank: int) -> dict[str, Any]:
+        return first_failure.read_error(self._runtime.error(local_rank, self.number))
 
     def running(self) -> list[int]:
         """Pids of ranks that have not ended, as far as has been noted."""

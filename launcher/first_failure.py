@@ -7,11 +7,16 @@ than that of a peer that lost its connection to it.
 A process that ends without raising (a signal, os._exit) closes its sockets a little before its end can be seen, and a
 peer may raise in between: it goes before exceptions raised up to `_ABRUPT_S` earlier. SIGABRT does not, because gloo
 and NCCL abort as a consequence. Ranks that ended after we began to end them are consequences.
+
+A rank that raised first but is slow to leave (its `finally` blocks close its connections and then do something else) is
+recorded only when the exception leaves the script. So what looks like a reaction to that (`is_reaction`) goes after what
+does not and came up to `HEAR_OUT_S` later; `launcher.attempt` gives the others this long to tell.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterable
@@ -25,15 +30,33 @@ from launcher.outcome import Failure
 _NUM_LAST_LINES = 20
 _LAST_BYTES = 16384
 _ABRUPT_S = 0.5
+HEAR_OUT_S = 3.0
+_LOST_CONNECTION = re.compile(
+    r"^[\w.]*(Connection\w*Error|BrokenPipeError|DistNetworkError)\b"
+    r"|connection (was likely )?closed|connection reset|connection refused|broken pipe|socket (unexpectedly )?closed"
+    r"|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+"""Words of Python, gloo, NCCL and torch's store."""
 
 
 def read_error(path: Path) -> dict[str, Any]:
-    """What the boot step wrote about an uncaught exception: `monotonic_s` and `traceback`; empty without it."""
+    """What the boot step wrote about an uncaught exception: `monotonic_s`, `code`, `origin`, `traceback`; or nothing.
+
+    `origin` is the last line of the exception that led to all others.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_reaction(returncode: int, error: dict[str, Any]) -> bool:
+    """Whether it looks like the consequence of a peer's end: it lost a connection, or aborted without a word."""
+    if error:
+        return _LOST_CONNECTION.search(str(error.get("origin", ""))) is not None
+    return returncode == -signal.SIGABRT
 
 
 def read_torch_error(path: Path) -> str:
@@ -100,8 +123,14 @@ def gather(
             last_lines=last_lines(stderr),
             hint="" if consequence else hint_of(ending),
             consequence=consequence,
+            reaction=is_reaction(ending.returncode, error),
         )
-        abrupt = not error and not consequence and ending.returncode != -signal.SIGABRT
-        found.append((moment_s - _ABRUPT_S if abrupt else moment_s, failure))
+        abrupt = not error and not consequence and not failure.reaction
+        found.append((moment_s + delay_s(failure) - (_ABRUPT_S if abrupt else 0), failure))
     found.sort(key=lambda item: (item[1].consequence, item[0]))
     return tuple(replace(f, consequence=f.consequence or i > 0) for i, (_, f) in enumerate(found))
+
+
+def delay_s(failure: Failure) -> float:
+    """How much later than it happened it counts, against others."""
+    return HEAR_OUT_S if failure.reaction else 0.0

@@ -38,6 +38,8 @@ class Failure:
     """What else is known, an out-of-memory kill for instance."""
     consequence: bool = False
     """Ended after the first failure, most likely because of it."""
+    reaction: bool = False
+    """Looks like the consequence of another rank's end, whichever came first: a lost connection, for instance."""
 
     def exit_status(self) -> int:
         """As a shell reports it."""

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from launcher.first_failure import HEAR_OUT_S
 from launcher.outcome import Failure
 
 LOOK_S = 1.0
@@ -73,6 +74,8 @@ class Peers:
         self._beats = 0
         self._closing = threading.Event()
         self.saw_failure = False
+        self.saw_failure_s = 0.0
+        """When, monotonic."""
         self.lost: str | None = None
         """Why a node, or all of them, must be given up."""
         if self._others:
@@ -99,7 +102,8 @@ class Peers:
             self._store.set(f"kgtrun/failure/{self._node}", news)
         except Exception:  # the store has gone, whatever torch calls that in this release
             return
-        self._wait_for("failure", self._others, _LINGER_S)
+        heard_out_s = HEAR_OUT_S if failure is not None and failure.reaction else 0.0
+        self._wait_for("failure", self._others, _LINGER_S + heard_out_s)
 
     def ended(self, *, wait_s: float) -> None:
         """Say that no rank is left here, and wait until all others have said so, at most `wait_s`, or one has failed.
@@ -131,6 +135,10 @@ class Peers:
         """Unix time of `earliest`, infinity without one."""
         return min((item[0] for item in self._published_by_others() if item[1]), default=float("inf"))
 
+    def only_reactions(self) -> bool:
+        """Whether others have only published what looks like a reaction to a failure here."""
+        return all(item[1] is not None and item[1].reaction for item in self._published_by_others())
+
     def words(self) -> str:
         """Who was lost, as this node or another one says; empty when nobody was."""
         return self.lost or next((item[2] for item in self._published_by_others() if item[2]), "")
@@ -159,7 +167,8 @@ class Peers:
     def _look(self) -> None:
         self._beats += 1
         self._store.set(f"kgtrun/alive/{self._node}", f"{self._beats} {socket.gethostname()}")
-        if any(self._store.check([f"kgtrun/failure/{other}"]) for other in self._others):
+        if not self.saw_failure and any(self._store.check([f"kgtrun/failure/{other}"]) for other in self._others):
+            self.saw_failure_s = time.monotonic()
             self.saw_failure = True
         if not self._timeout_s or self.lost is not None:
             return

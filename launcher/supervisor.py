@@ -181,7 +181,10 @@ class Supervisor:
             logger.warning("%s", self.peers.lost)
             if self.config.rendezvous.backend == "static":
                 self._forbid_restarts()  # its ranks have fixed places: nobody can take that of the lost node
-        return True
+            return True
+        # Ranks there have lost their connections: one of ours may be about to say why.
+        told = self.attempt is None or not self.attempt.may_tell_more(self.peers.saw_failure_s)
+        return told or not self.peers.only_reactions()
 
     def _await_peers(self, wait_s: float) -> None:
         if self.peers is not None:

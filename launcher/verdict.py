@@ -1,7 +1,8 @@
 """How a launch ended, decided from what the last attempt and the other nodes have told.
 
 Owns the choice of status, exit code and message, and of the failure that goes first when several nodes have failed: the
-earliest one, by wall-clock time. It reads attempts and peers and changes neither, ends nothing, writes nothing.
+earliest one, by wall-clock time, where a lost connection counts later than it happened (`launcher.first_failure`). It
+reads attempts and peers and changes neither, ends nothing, writes nothing.
 
     a stop signal            signalled   128 + signal
     a hang that was stopped  failed      124
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launcher import first_failure
 from launcher.attempt import Attempt
 from launcher.outcome import FAILED, HUNG_EXIT_CODE, SIGNALLED, SUCCEEDED, Failure, Outcome
 from launcher.peers import Peers
@@ -34,8 +36,8 @@ class Verdict:
         self._begun_s, self._hang_timeout_s, self._sidecars = begun_s, hang_timeout_s, sidecars
 
     def unix_time(self, failure: Failure) -> float:
-        """When it happened, for comparison with other hosts."""
-        return time.time() - (time.monotonic() - self._begun_s) + failure.after_s
+        """When it happened, or counts as if it had, for comparison with other hosts."""
+        return time.time() - (time.monotonic() - self._begun_s) + failure.after_s + first_failure.delay_s(failure)
 
     def signalled(self, attempt: Attempt | None, signum: signal.Signals, message: str = "") -> Outcome:
         """A stop signal ended the launch."""

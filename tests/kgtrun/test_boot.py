@@ -79,6 +79,26 @@ def test_exit_codes_and_tracebacks_are_pythons(tmp_path, text, code):
     assert mine.stderr == theirs.stderr
 
 
+LOST = "ConnectionResetError: by peer\n"
+CHAINS = {
+    "raise ConnectionResetError('by peer')": LOST,
+    "try: raise ConnectionResetError('by peer')\nexcept OSError as e: raise KeyError(1) from e": LOST,
+    "try: raise ConnectionResetError('by peer')\nexcept OSError: exit(3)": LOST,
+    "try: raise ValueError('why')\nfinally: raise ConnectionResetError('by peer')": "ValueError: why\n",
+    "try: raise KeyError(1)\nexcept KeyError: raise ValueError('why') from None": "ValueError: why\n",
+}
+
+
+@pytest.mark.parametrize(("text", "origin"), CHAINS.items())
+def test_the_launcher_is_told_what_an_exception_began_with(tmp_path, text, origin):
+    (tmp_path / "s.py").write_text(text)
+    environment = {**os.environ, "KGTRUN_ERROR_FILE": str(tmp_path / "error")}
+    command = [sys.executable, BOOT, "script", str(tmp_path / "s.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    found = json.loads((tmp_path / "error").read_text())
+    assert (found["origin"], found["code"]) == (origin, done.returncode)
+
+
 def test_a_missing_script_is_pythons_error(tmp_path):
     mine = subprocess.run([sys.executable, BOOT, "script", "no.py"], capture_output=True, text=True, cwd=tmp_path)
     theirs = subprocess.run([sys.executable, "no.py"], capture_output=True, text=True, cwd=tmp_path)

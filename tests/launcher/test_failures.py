@@ -43,9 +43,37 @@ def test_one_that_had_raised_keeps_its_code_when_we_cut_it_short(tmp_path):
     assert (found[0].rank, found[0].returncode) == (9, 1)
 
 
+@pytest.mark.parametrize(
+    ("origin", "later_s", "first"),
+    [
+        ("ConnectionResetError: [Errno 104] Connection reset by peer", 1.2, 9),
+        ("RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", 1.2, 9),
+        ("torch.distributed.DistNetworkError: failed to recv, got 0 bytes", 1.2, 9),
+        ("torch.distributed.DistBackendError: ncclRemoteError: A call failed possibly due to a network error", 1.2, 9),
+        ("ConnectionResetError: [Errno 104] Connection reset by peer", 4.0, 8),
+        ("KeyError: 'connection'", 1.2, 8),
+    ],
+)
+def test_a_lost_connection_goes_after_what_another_rank_says_soon_after(tmp_path, origin, later_s, first):
+    (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 10.0, "origin": origin}))
+    (tmp_path / "error1").write_text(json.dumps({"monotonic_s": 10.0 + later_s, "origin": "ValueError: x"}))
+    found = collect([Ending(0, 10, 1, 10.1), Ending(1, 11, 1, 10.1 + later_s)], tmp_path, ended_by_us_s=20.0)
+    assert found[0].rank == first and found[1].consequence
+
+
+def test_lost_connections_keep_their_order_and_what_we_ended_says_nothing(tmp_path):
+    for local_rank, moment_s in ((0, 10.0), (1, 10.2), (2, 12.0)):
+        lost = {"monotonic_s": moment_s, "origin": "RuntimeError: Connection closed by peer"}
+        (tmp_path / f"error{local_rank}").write_text(json.dumps(lost))
+    (tmp_path / "error2").write_text(json.dumps({"monotonic_s": 12.0, "origin": "KeyError: after our signal"}))
+    endings = [Ending(1, 11, 1, 10.3), Ending(0, 10, 1, 10.4), Ending(2, 12, -6, 12.1)]
+    assert [f.rank for f in collect(endings, tmp_path, ended_by_us_s=11.0)] == [8, 9, 10]
+
+
 @pytest.mark.parametrize(("code", "first"), [(-9, 9), (-15, 9), (3, 9), (-6, 8)])
 def test_an_abrupt_end_goes_before_the_exception_it_caused_in_a_peer(tmp_path, code, first):
-    (tmp_path / "error0").write_text(json.dumps({"monotonic_s": 9.99, "traceback": "Connection reset by peer"}))
+    error = {"monotonic_s": 9.99, "origin": "RuntimeError: Connection reset by peer"}
+    (tmp_path / "error0").write_text(json.dumps(error))
     found = collect([Ending(1, 11, code, 10.0), Ending(0, 10, 1, 10.3)], tmp_path, ended_by_us_s=10.1)
     assert found[0].rank == first
 

@@ -73,6 +73,37 @@ def test_one_that_raised_first_and_is_slow_to_exit_is_the_cause_with_its_own_cod
     assert "rank 0" in rest
 
 
+SLOW_TO_SAY = """
+import pathlib, sys, time
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+numbers = torch.ones(4)
+dist.all_reduce(numbers)
+lost = pathlib.Path(sys.argv[1])
+if dist.get_rank() == 0:
+    try: dist.all_reduce(numbers)
+    finally: lost.touch()
+try:
+    raise ValueError("the cause")
+finally:
+    dist.destroy_process_group()
+    while not lost.exists(): time.sleep(0.02)
+    time.sleep(1)
+"""
+
+
+def test_one_that_closes_its_connections_before_it_says_why_is_the_cause(runs):
+    """A whole second before that the peer has raised, for it lost its connection."""
+    done = runs.run("--nproc-per-node", "2", runs.script(SLOW_TO_SAY), str(runs.directory / "lost"))
+    assert done.code == 1, done.err
+    first, _, rest = done.err[done.err.index("First failure") :].partition("consequence")
+    assert "rank 1" in first and "ValueError: the cause" in first
+    assert "rank 0" in rest
+    cause, lost = done.result["failures"]
+    assert lost["after_s"] < cause["after_s"] and lost["reaction"] and lost["returncode"] == 1
+
+
 LATE_WATCH = """
 import sys, time
 from kgtrun.cli import main

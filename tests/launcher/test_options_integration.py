@@ -65,7 +65,7 @@ def test_two_nodes_meet(runs, how):
     assert sorted("".join(node.out for node in found).splitlines()) == ["0 2 0", "1 2 1"]
 
 
-def seconds_until_both_name_rank_1(runs, script) -> float:
+def seconds_until_both_name_rank_1(runs, script, *arguments: str) -> float:
     """Of two nodes whose rank 1 ends with 9: both end with that code, and say who failed first."""
     args = [
         "--nnodes",
@@ -78,7 +78,7 @@ def seconds_until_both_name_rank_1(runs, script) -> float:
         "job",
     ]
     begun = time.monotonic()
-    nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script) for _ in range(2)]
+    nodes = [runs.start(*args, "--local-addr", "127.0.0.1", script, *arguments) for _ in range(2)]
     found = [runs.finish(node, 120) for node in nodes]
     assert [node.code for node in found] == [9, 9], found
     assert all("First failure: rank 1" in node.err for node in found)
@@ -88,6 +88,23 @@ def seconds_until_both_name_rank_1(runs, script) -> float:
 def test_a_failing_rank_ends_the_other_node_too_and_both_name_it(runs):
     script = runs.script("import os, sys, time; sys.exit(9) if os.environ['RANK'] == '1' else time.sleep(60)")
     assert seconds_until_both_name_rank_1(runs, script) < 55  # the sleeping rank would take 60
+
+
+def test_a_rank_that_is_slow_to_say_why_is_named_before_the_one_on_another_node_that_lost_it(runs):
+    script = runs.script(
+        "import os, socket, sys, time\n"
+        "path = sys.argv[1]\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    server = socket.socket(socket.AF_UNIX); server.bind(path + '.part'); server.listen()\n"
+        "    os.rename(path + '.part', path)\n"
+        "    server.accept()[0].recv(1)\n"
+        "    raise ConnectionResetError('by peer')\n"
+        "while not os.path.exists(path): time.sleep(0.02)\n"
+        "peer = socket.socket(socket.AF_UNIX); peer.connect(path)\n"
+        "try: sys.exit(9)\n"
+        "finally: peer.close(); time.sleep(1.8)\n"
+    )
+    seconds_until_both_name_rank_1(runs, script, str(runs.directory / "socket"))
 
 
 def test_a_node_that_is_done_does_not_wait_for_one_that_has_failed(runs):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -45,6 +45,7 @@ def soon(condition, timeout_s=20.0):
 def meet(monkeypatch):
     """Nodes around one store, closed at the end."""
     monkeypatch.setattr(peers, "_LINGER_S", 0.0)
+    monkeypatch.setattr(peers, "HEAR_OUT_S", 0.0)
     made: list[Peers] = []
 
     def meet(count, store=None, **options):
@@ -67,6 +68,14 @@ def test_the_earliest_failure_of_all_nodes_is_agreed_on(meet):
     assert nodes[0].earliest() == FIRST and nodes[0].earliest_moment() == 100.0
     assert nodes[1].earliest() is None and nodes[1].earliest_moment() == float("inf")
     assert json.loads(store["kgtrun/failure/1"])[1]["rank"] == asdict(FIRST)["rank"]
+
+
+def test_nodes_that_only_lost_their_connections_are_told_apart(meet):
+    nodes = meet(3)
+    nodes[1].publish(replace(FIRST, reaction=True), 100.0)
+    assert soon(nodes[0].failed) and nodes[0].only_reactions() and nodes[0].saw_failure_s <= time.monotonic()
+    nodes[2].publish(FIRST, 101.0)
+    assert not nodes[0].only_reactions()
 
 
 def test_one_node_asks_nobody():

@@ -63,6 +63,14 @@ def test_the_earlier_of_two_nodes_goes_first(verdict, earlier_s, code, hosts):
     assert (found.exit_code, [its.host for its in found.failures]) == (code, hosts)
 
 
+def test_a_lost_connection_there_goes_after_the_reason_given_here(verdict):
+    own, lost = failure(1), failure(3, "there", reaction=True)
+    for earlier_s, hosts in ((1, ["here"]), (4, ["there", "here"])):
+        moment_s = verdict.unix_time(lost) - earlier_s
+        found = verdict.failed(Attempt(own), Peers(failure=lost, moment_s=moment_s), "")
+        assert [its.host for its in found.failures] == hosts
+
+
 def test_a_success_here_is_none_where_another_node_failed(verdict):
     peers = Peers(others_failed=True, failure=failure(5, "there"), moment_s=0.0)
     assert verdict.ended(Attempt(), peers, failed=False).exit_code == 5
