@@ -227,6 +227,8 @@ def build_agent(
         # Torch 2.13 tells nodes the address of the ranks' store in the first round only, if the store is the agents' own:
         # a node that joins later waits for it until the rendezvous times out. With a store of the ranks' own, every round.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    handler = rendezvous_registry.get_rendezvous_handler(parameters)
+    torch_private.new_store_each_round(handler)
     master_addr, master_port = None, None
     if parameters.backend == "static":
         master_addr, master_port = parse_rendezvous_endpoint(parameters.endpoint, default_port=29500)
@@ -235,7 +237,7 @@ def build_agent(
         local_world_size=num_ranks,
         entrypoint=config.ranks.command[0],
         args=tuple(config.ranks.command[1:]),
-        rdzv_handler=rendezvous_registry.get_rendezvous_handler(parameters),
+        rdzv_handler=handler,
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval_s,
         master_addr=master_addr,

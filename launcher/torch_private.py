@@ -16,6 +16,8 @@ NAMES: dict[str, str] = {
     "torch.distributed.elastic.agent.server.api:SimpleElasticAgent._remaining_restarts": "only set in its __init__",
     "torch.distributed.elastic.multiprocessing.api:SubprocessContext._close": "closed with no grace left",
     "torch.distributed.elastic.multiprocessing.api:PContext.wait": "it reaps, and signals the other ranks by itself",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler._shared_tcp_store_server": "one a start",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler._bootstrap_store_info": "where it is",
     "torch.distributed.elastic.multiprocessing.api:DefaultLogsSpecs._make_log_dir": "log paths without a random part",
 }
 """Name → what it is used for."""
@@ -44,6 +46,24 @@ def restarts_left(agent) -> int:
 def forbid_restarts(agent) -> None:
     """No further start of the worker group, whatever the user granted: the counter is the agent's own."""
     agent._remaining_restarts = 0
+
+
+def new_store_each_round(handler) -> None:
+    """Let the ranks of each start meet at a new store.
+
+    Torch means to (`distributed/rendezvous.py`: "a new TCPStore for every retry so no need to add prefix"), but the dynamic
+    rendezvous of 2.13 keeps the agent's: ranks find the addresses of the start before in it, and gloo connects to those
+    or waits for them. Under torchrun four of eleven restarts failed of it. The static rendezvous has but one store to offer.
+    """
+    if not hasattr(handler, "_shared_tcp_store_server"):
+        return
+    join = handler.next_rendezvous
+
+    def join_anew():
+        handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+        return join()
+
+    handler.next_rendezvous = join_anew
 
 
 def set_log_directory(specs, directory: str) -> None:

@@ -160,16 +160,20 @@ def test_nothing_survives_sigkill_of_the_launcher(runs):
 
 
 def test_max_restarts_recovers(runs):
+    """And ranks meet at a new store: in that of the start before they would find each other's old addresses."""
     script = runs.script(
         "import os, sys, time\n"
+        "print('store', os.environ['MASTER_PORT'], os.environ['TORCHELASTIC_USE_AGENT_STORE'])\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "    sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)\n"
         "print('second life')\n"
     )
-    done = runs.run("--nproc-per-node", "2", "--max-restarts", "1", script)
+    done = runs.run("--nproc-per-node", "2", "--max-restarts", "1", "--log-prefix", " ", script)
     assert done.code == 0, done.err
     assert done.out.count("second life") == 2
     assert done.result["restarts"] == 1
+    stores = [line.split() for line in done.out.splitlines() if "store" in line]
+    assert len({port for _, port, _ in stores}) == 2 and {shared for *_, shared in stores} == {"True"}
 
 
 def test_a_dead_side_car_is_restarted_and_never_fails_the_run(runs):
