@@ -26,6 +26,23 @@ def test_several_nodes_meet_at_the_master_unless_told_otherwise():
     assert (job.min_nodes, job.max_nodes, job.run_id, job.settings) == (1, 4, "j", {"a": "1", "b": "2"})
 
 
+def test_standalone_meets_on_a_free_local_port_whatever_else_is_said():
+    job = plan("--standalone --rdzv-backend etcd --rdzv-endpoint h0:1 --rdzv-id j --master-port 5 x.py").rendezvous
+    assert (job.backend, job.endpoint) == ("c10d", "localhost:0") and job.run_id != "j"
+    assert plan("x.py", PET_STANDALONE="1").rendezvous.backend == "c10d"
+
+
+def test_what_torch_is_handed_is_what_was_asked_for():
+    found = plan(
+        "--role actor --numa-binding socket --virtual-local-rank --local-addr 10.0.0.7 --max-restarts 3"
+        " --monitor-interval 0.7 --event-log-handler console --logs-specs mine --duplicate-stderr-filters a,b x.py"
+    )
+    assert (found.ranks.role, found.ranks.numa_binding, found.ranks.virtual_local_rank) == ("actor", "socket", True)
+    assert (found.max_restarts, found.monitor_interval_s, found.event_log_handler) == (3, 0.7, "console")
+    assert (found.rendezvous.local_addr, found.logs.specs_plugin) == ("10.0.0.7", "mine")
+    assert found.logs.stderr_filters == ("a", "b")
+
+
 def test_commands():
     assert plan("train.py --x 1").ranks.command[0] == sys.executable
     assert plan("train.py --x 1").ranks.command[-4:] == ("script", "train.py", "--x", "1")
@@ -35,10 +52,12 @@ def test_commands():
 
 
 def test_trainers_are_told_by_the_names_of_the_contract():
-    found = plan("--policy linear:stop=0.5 --total-steps 9 --deterministic --cache on --cache-bytes 2G x.py")
+    found = plan("--policy linear:stop=0.5 --total-steps 9 --deterministic --ref-precision bf16 x.py")
     told = found.ranks.environment
     assert told[names.POLICY] == "linear:stop=0.5" and told[names.TOTAL_STEPS] == "9"
-    assert told[names.DETERMINISTIC] == "1" and told[names.CACHE_BYTES] == str(2 * 2**30)
+    assert told[names.DETERMINISTIC] == "1" and told[names.REFERENCE_PRECISION] == "bf16"
+    told = plan("--cache on --cache-dir there --cache-bytes 2G x.py").ranks.environment
+    assert (told[names.CACHE], told[names.CACHE_DIR], told[names.CACHE_BYTES]) == ("on", "there", str(2 * 2**30))
     assert plan("--off x.py").ranks.environment[names.OFF] == "1"
     assert names.OFF not in plan("x.py").ranks.environment
 

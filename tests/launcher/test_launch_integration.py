@@ -224,6 +224,24 @@ def test_user_signals_reach_only_ranks_that_handle_them(runs):
     assert runs.finish(process).code == 0
 
 
+def test_the_grace_is_honoured_when_a_rank_fails(runs):
+    """Torch's agent gives the others 30 s on this path, whatever --shutdown-timeout says."""
+    script = runs.script(
+        "import os, pathlib, signal, subprocess, sys, time\n"
+        "up, failed = (pathlib.Path(sys.argv[1], name) for name in ('up', 'failed'))\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    while not up.exists(): time.sleep(0.02)\n"
+        "    failed.write_text(str(time.monotonic())); sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        "up.write_text('x'); time.sleep(100)\n"
+    )
+    done = runs.run("--nproc-per-node", "2", "--shutdown-timeout", "1", script, str(runs.directory))
+    assert done.code == 3, done.err
+    assert time.monotonic() - float((runs.directory / "failed").read_text()) < 25
+    assert [failure["returncode"] for failure in done.result["failures"]] == [3, -9]
+
+
 def test_the_grace_is_honoured_and_a_second_signal_hurries(runs):
     stubborn = runs.script(
         "import os, pathlib, signal, sys, time\n"

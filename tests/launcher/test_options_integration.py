@@ -23,6 +23,7 @@ def test_log_directory_redirects_tee_and_filters(runs):
     done = runs.run(
         *("--nproc-per-node", "3", "--log-dir", "elsewhere", "--redirects", "0:1", "--tee", "1:3,2:3"),
         *("--local-ranks-filter", "0,1", "--duplicate-stdout-filters", "out 1,nothing"),
+        *("--duplicate-stderr-filters", "err 1"),
         *("--log-prefix", "<${local_rank}> ", "--role", "worker"),
         runs.script(SAY),
     )
@@ -32,6 +33,7 @@ def test_log_directory_redirects_tee_and_filters(runs):
     assert sorted(line for line in done.err.splitlines() if "err" in line) == ["<1> err 1", "err 0"]
     assert (logs / "0/stdout.log").read_text() == "out 0\n" and (logs / "2/stderr.log").read_text() == "err 2\n"
     assert (logs / "filtered_stdout.log").read_text() == "<1> out 1\n"
+    assert (logs / "filtered_stderr.log").read_text() == "<1> err 1\n"
 
 
 def test_a_signal_named_to_be_handled_ends_the_run(runs):
