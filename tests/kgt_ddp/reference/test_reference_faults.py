@@ -428,7 +428,7 @@ def test_memory_of_both_sides_is_flat_over_200_snapshots(shared_reference, tools
     assert (len(os.listdir("/proc/self/fd")), shared_reference.descriptors()) == fds
     snapshot_bytes = sum(p.nbytes for p in net.parameters())
     for one, two in zip(before, after, strict=True):
-        assert two - one < 2 * snapshot_bytes, "200 snapshots of 4 MB left more than two of them behind"
+        assert two - one < 4 * snapshot_bytes, "200 snapshots of 4 MB left more than four of them behind"
     client.close()
 
 
