@@ -62,27 +62,28 @@ HOW = ["eager", "outside", "forward", "block", "container", "part", "suffix"]
 
 
 def train(folder, how, mode):
-    """Losses, and the cache's summary; the frontier moves once."""
+    """Losses, and the cache's summary. Around a compiled wrapper the frontier moves once more."""
+    moves, steps = ([(1, 2), (13, 3)], 20) if how == "outside" else ([(1, 2)], 14)
     os.environ.update(KGTRUN_CACHE=mode, KGTRUN_CACHE_DIR=str(folder), KGTRUN_CACHE_DTYPE="exact")
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = {"container": Contained, "part": HasCompiledPart}.get(how, SmallResNet)()
     if how != "outside":
         compiled(model, None, how)
-    ddp = FreezeAwareDDP(model, policy=Replay([(1, 2), (13, 3)]), interval=3)
+    ddp = FreezeAwareDDP(model, policy=Replay(moves), interval=3)
     called = compiled(model, ddp, how) if how == "outside" else ddp
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     g = torch.Generator().manual_seed(3)
     batches = [torch.randn(4, 1, 8, 8, generator=g) for _ in range(3)]
     losses = []
-    for step in range(24):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = called(batches[step % 3]).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
         ddp.freezing.cache.drain()
-    assert ddp.freezing.frontier == 3
+    assert ddp.freezing.frontier == moves[-1][1]
     summary = ddp.freezing.summary()["cache"]
     ddp.freezing.close()
     return losses, summary
@@ -98,7 +99,7 @@ def test_a_compiled_model_trains_uncached_wherever_compilation_begins(run_ranks,
     for how, ((losses, summary), (plain, _)) in results.items():
         assert losses == plain, how
         if how in ("eager", "suffix"):
-            assert summary["full_batches"] > 6, how
+            assert summary["full_batches"] > 2, how
         else:
             assert summary["reason"] == "the model is compiled", how
             assert summary["state"] == "refused", how
