@@ -9,6 +9,7 @@ Errors: `ValueError` with what would be valid.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import socket
 import sys
@@ -250,9 +251,12 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
 
 def _seconds(flag: str, text: str) -> float:
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise ValueError(f"{flag} is {text!r}: a number of seconds is needed") from None
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"{flag} is {text!r}: a number of seconds is needed")
+    return seconds
 
 
 def describe(plan: LaunchConfig) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def test_streams_signals_and_timeouts():
         ("--nproc-per-node 0 x.py", "at least one rank"),
         ("--max-restarts x x.py", "whole number"),
         ("--max-restarts -1 x.py", "0 or more"),
+        ("--shutdown-timeout inf x.py", "a number of seconds"),
+        ("--hang-timeout nan x.py", "a number of seconds"),
         ("--tee 7 x.py", "3 \\(both\\)"),
         ("--signals-to-handle SIGFOO x.py", "SIGTERM,SIGINT"),
         ("--rdzv-conf a x.py", "KEY=VALUE"),
