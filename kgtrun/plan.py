@@ -64,11 +64,7 @@ def number(request: Request, name: str, kind: type = int) -> Any:
     text = request.text(name)
     if not text:
         return None
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"--{name.replace('_', '-')} is {text!r}: {wanted} is needed") from None
+    return _number(f"--{name.replace('_', '-')}", text, kind)
 
 
 def log_directory(base: Path, job: RendezvousSpec, restarts: int = 0) -> Path:
@@ -237,7 +233,7 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
         run_dir=run_dir,
         max_restarts=number(request, "max_restarts"),
         monitor_interval_s=number(request, "monitor_interval", float),
-        shutdown_timeout_s=_seconds("--shutdown-timeout", timeout),
+        shutdown_timeout_s=_number("--shutdown-timeout", timeout, float),
         stop_signals=parse_signals(request.text("signals_to_handle")),
         event_log_handler=request.text("event_log_handler"),
         share_cores=not request.flag("no_core_sharing"),
@@ -249,14 +245,15 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
     )
 
 
-def _seconds(flag: str, text: str) -> float:
+def _number(flag: str, text: str, kind: type) -> Any:
     try:
-        seconds = float(text)
+        found = kind(text)
     except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds):
-        raise ValueError(f"{flag} is {text!r}: a number of seconds is needed")
-    return seconds
+        found = math.nan
+    if not math.isfinite(found):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{flag} is {text!r}: {wanted} is needed")
+    return found
 
 
 def describe(plan: LaunchConfig) -> dict[str, Any]:
