@@ -101,6 +101,8 @@ class Freezing:
         self._group = control_group(ddp.process_group)
         self._agreement: Agreement | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._advanced = -1
+        """Step whose boundary the agreement has seen. A state saved in mid-step is resumed at that step's first forward."""
         self._freezer = PrefixFreezer(self.blocks, self.hook)
         self.guard = self._freezer.guard
         self._edge = self._freezer.edge
@@ -155,7 +157,8 @@ class Freezing:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on freezing as if never stopped. Call between steps; plain data, any rank.
+        """Everything needed to go on freezing as if never stopped; plain data, any rank. Saved in the middle of a step's
+        accumulation it resumes at that step's first forward: gradients are in no checkpoint.
 
         What only rank 0 knows (the policy's memory) is in rank 0's state alone: of keys that several ranks have,
         torch.distributed.checkpoint saves any rank's. It loads key by key into the state of the fresh job and takes
@@ -164,6 +167,7 @@ class Freezing:
         shared = {
             "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
             "agreement": self._agreement.state_dict() if self._agreement else None,
+            "advanced": self._advanced,
             "freezes": [dict(entry) for entry in self._applied],
             "reduced_bytes": list(self.hook.reduced_bytes),
             "dropped_bytes": list(self.hook.dropped_bytes),
@@ -221,6 +225,7 @@ class Freezing:
         self.hook.reduced_bytes = list(shared["reduced_bytes"])
         self.hook.dropped_bytes = list(shared["dropped_bytes"])
         self._applied = [dict(entry) for entry in shared["freezes"]]
+        self._advanced = shared["advanced"]
         self.mask = Mask(0, len(self.blocks), state["generation"])
         self._begin_agreement()
         if state["policy_spec"] == self._policy_spec and self._agreement and shared["agreement"]:
@@ -376,6 +381,9 @@ class Freezing:
             state, self._resumed = self._resumed, None
             if state["frontier"]:
                 self._apply(Mask(state["frontier"], len(self.blocks), state["generation"]), resumed=True)
+        if self._advanced == self.clock.step:
+            return
+        self._advanced = self.clock.step
         signals = None
         if self._signals is not None and self._agreement.wants_signals(self.clock.step):
             signals = self._signals.collect(self.clock.step, self.mask.generation)

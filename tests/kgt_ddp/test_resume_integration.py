@@ -10,7 +10,7 @@ import torch
 
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.schedules import Replay
-from tests.kgt_ddp.networks import SmallResNet
+from tests.kgt_ddp.networks import SmallResNet, SmallViT
 from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, told, train
 
 pytestmark = pytest.mark.integration
@@ -70,6 +70,45 @@ def test_stopping_at_any_step_and_resuming_equals_never_stopping(run_ranks, worl
     for differences in run_ranks(world, stop_and_resume_everywhere, stops, timeout_s=180):
         for stop, outcome in differences.items():
             assert outcome == ([], True, 0, True), f"stopped at {stop}"
+
+
+def stop_in_mid_step(rank, world, stops):
+    """Checkpoints between the two backwards of a step: the step is begun anew by the job that goes on."""
+
+    def made():
+        torch.manual_seed(3)
+        ddp = FreezeAwareDDP(SmallViT(), policy=Replay(MOVES), interval=3)
+        return ddp, OPTIMIZERS["adamw"](ddp.parameters())
+
+    def save(step):
+        if step in stops:
+            blob = io.BytesIO()
+            parts = {"model": whole.module, "optimizer": optimizer, "freezing": whole.freezing}
+            torch.save({name: part.state_dict() for name, part in parts.items()}, blob)
+            kept[step] = blob.getvalue()
+
+    kept, outcomes = {}, {}
+    whole, optimizer = made()
+    train(whole, optimizer, rank=rank, steps=range(STEPS), accumulate=2, no_sync=True, between=save)
+    for stop, blob in kept.items():
+        saved = torch.load(io.BytesIO(blob), weights_only=True)
+        again, second = made()
+        again.module.load_state_dict(saved["model"])
+        second.load_state_dict(saved["optimizer"])
+        again.freezing.load_state_dict(saved["freezing"])
+        train(again, second, rank=rank, steps=range(stop, STEPS), accumulate=2, no_sync=True)
+        same_freezes = again.freezing.summary()["freezes"] == whole.freezing.summary()["freezes"]
+        outcomes[stop] = (differing(weights(again), weights(whole)), same_freezes)
+    return outcomes
+
+
+def test_stopping_between_two_backwards_of_a_step_and_resuming_does_too(run_ranks):
+    """At every step before, in and after a move of the mask. A network without statistics of the batch: a checkpoint holds
+    what the first backward's forward did to those."""
+    for outcomes in run_ranks(2, stop_in_mid_step, list(range(3, STEPS)), timeout_s=180):
+        assert len(outcomes) == STEPS - 3
+        for stop, outcome in outcomes.items():
+            assert outcome == ([], True), f"stopped in step {stop}"
 
 
 def other_world(rank, world, state):

@@ -40,8 +40,9 @@ def train(
     no_sync: bool = False,
     autocast: bool = False,
     before_step: Callable[[int], Any] = lambda step: None,
+    between: Callable[[int], Any] = lambda step: None,
 ) -> list[float]:
-    """Losses of this rank."""
+    """Losses of this rank. `between` is called after the first of several backwards of a step."""
     losses = []
     for step in steps:
         optimizer.zero_grad()
@@ -54,6 +55,8 @@ def train(
                     loss = nn.functional.cross_entropy(ddp(x), y)
                 (loss / accumulate).backward()
             losses.append(loss.item())
+            if part == 0 and accumulate > 1:
+                between(step)
         before_step(step)
         optimizer.step()
     return losses
