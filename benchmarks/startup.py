@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.harness import Figures, interleave, parser, ratios
 
-SCRIPT = "import time\nprint('first', flush=True)\ntime.sleep(0.3)\nprint('last', time.time(), flush=True)\n"
+SCRIPT = "import os, time\nos.write(1, b'first\\n')\ntime.sleep(0.3)\nos.write(1, b'last %f\\n' % time.time())\n"
+"""A line a write: two ranks share one pipe."""
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--log-dir", "{dir}/torchrun"],
     "kgtrun": ["-m", "kgtrun", "--tee", "0", "--run-dir", "{dir}/run"],
