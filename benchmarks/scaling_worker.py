@@ -225,9 +225,7 @@ def wait_for(path: Path, timeout_s: float = 120) -> None:
 def main() -> None:
     directory, models, ks = Path(sys.argv[1]), sys.argv[2].split(","), [int(k) for k in sys.argv[3].split(",")]
     steps, names = int(sys.argv[4]), sys.argv[5].split(",")
-    sys.path.insert(
-        0, str(Path(__file__).resolve().parents[1] / "examples")
-    )  # scripts, which import each other as such
+    sys.path.insert(0, str(EXAMPLES))  # scripts, which import each other as such
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)

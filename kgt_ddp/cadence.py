@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from kgt_ddp.agreement import LAG
+
 DECISIONS: Final = 150
-SHORTEST: Final = 3
-"""Boundaries that one decision takes (`agreement.LAG`), and one more."""
+SHORTEST: Final = LAG + 1
 LONGEST: Final = 50
 UNKNOWN: Final = 10
 LATE: Final = 0.25

@@ -21,7 +21,12 @@ _NOTHING: dict[str, Any] = {
     "frontier": 0,
     "generation": 0,
     "policy_spec": "",
-    "shared": ({"blocks": None, "agreement": None, "freezes": [], "reduced_bytes": [], "dropped_bytes": []},),
+    "shared": (
+        {
+            **{"blocks": None, "agreement": None, "advanced": -1},
+            **{"freezes": [], "reduced_bytes": [], "dropped_bytes": []},
+        },
+    ),
     "rank_0": ({"policy": {}, "job_length": {}},),
 }
 """The state of a job in which nothing has happened."""

@@ -62,6 +62,14 @@ def ended(launch, host: str, what: str, bound_s: float = BOUND_S) -> tuple[int, 
     return code, output, seconds
 
 
+def assert_both_give_up(launch, what: str) -> None:
+    """Within one bound, each for the host it has lost."""
+    code, output, seconds = ended(launch, "h0", what)
+    assert code == 1 and "node 1 (h1) is lost: no sign of life for 6 s" in output, output
+    code, output, _ = ended(launch, "h1", "then, on the other host", BOUND_S - seconds)
+    assert code == 1 and "no contact with the rendezvous at h0:29400 from h1" in output, output
+
+
 def test_a_host_that_dies_inside_a_step_ends_the_launch_on_the_other(two, tmp_path):
     launch = begin(two, tmp_path / "job", "step")
     two.kill("h1")
@@ -83,10 +91,7 @@ def test_a_cable_that_goes_inside_a_decision_and_stays_out_ends_the_launch_on_bo
     launch = begin(two, tmp_path / "job", "decision")
     two.link("h1", "down")
     (tmp_path / "job" / "go on").write_text("")
-    code, output, seconds = ended(launch, "h0", "cable out for ever inside a decision")
-    assert code == 1 and "node 1 (h1) is lost: no sign of life for 6 s" in output, output
-    code, output, _ = ended(launch, "h1", "then, on the other host", BOUND_S - seconds)
-    assert code == 1 and "no contact with the rendezvous at h0:29400 from h1" in output, output
+    assert_both_give_up(launch, "cable out for ever inside a decision")
 
 
 @slow
@@ -121,10 +126,7 @@ def cut_among_the_gradients(cluster, launch) -> None:
 def test_a_cable_that_goes_among_the_gradients_and_stays_out_ends_the_launch_on_both(two, tmp_path):
     launch = begin(two, tmp_path / "job", "gradients")
     cut_among_the_gradients(two, launch)
-    code, output, seconds = ended(launch, "h0", "cable out for ever in an all_reduce of gradients")
-    assert code == 1 and "node 1 (h1) is lost: no sign of life for 6 s" in output, output
-    code, output, _ = ended(launch, "h1", "then, on the other host", BOUND_S - seconds)
-    assert code == 1 and "no contact with the rendezvous at h0:29400 from h1" in output, output
+    assert_both_give_up(launch, "cable out for ever in an all_reduce of gradients")
 
 
 @slow

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.integration
 
 STOP, STEPS = 13, 26
 OFF = {"KGTRUN_OFF": "1"}
+FORMS = ("file", "object", "dict")
+"""torch.save; torch.distributed.checkpoint of the freezing itself, and of its state."""
 
 
 class Remembering:
@@ -69,32 +71,43 @@ def outcome(ddp, optimizer, rank, steps):
     return snapshot(ddp.module), summary["freezes"], summary["dropped_bytes"]
 
 
+def load_model(ddp, optim, folder, form):
+    """Weights, optimizer and freezing from a checkpoint, as a script does it, freezing or not."""
+    if form == "file":
+        saved = torch.load(f"{folder}/file.pt", weights_only=True)
+        ddp.module.load_state_dict(saved["model"])
+        optim.load_state_dict(saved["optimizer"])
+        ddp.freezing.load_state_dict(saved["freezing"])
+        return
+    state = whole_state(ddp, optim, ddp.freezing if form == "object" else ddp.freezing.state_dict())
+    dcp.load(state, checkpoint_id=f"{folder}/{form}")
+    set_state_dict(ddp, optim, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if form == "dict":
+        ddp.freezing.load_state_dict(state["freezing"])
+
+
+def save_model(ddp, optim, folder, form, rank):
+    equal_buffers(ddp)
+    if form != "file":
+        freezing = ddp.freezing if form == "object" else ddp.freezing.state_dict()
+        dcp.save(whole_state(ddp, optim, freezing), checkpoint_id=f"{folder}/{form}")
+    elif rank == 0:
+        saved = {"model": ddp.module.state_dict(), "optimizer": optim.state_dict()}
+        torch.save({**saved, "freezing": ddp.freezing.state_dict()}, f"{folder}/file.pt")
+
+
 def save_and_go_on(rank, world, folder, optimizer):
     ddp, optim = fresh(optimizer)
     train(ddp, optim, rank=rank, steps=range(STOP))
-    equal_buffers(ddp)
-    dcp.save(whole_state(ddp, optim, ddp.freezing), checkpoint_id=f"{folder}/object")
-    dcp.save(whole_state(ddp, optim, ddp.freezing.state_dict()), checkpoint_id=f"{folder}/dict")
-    if rank == 0:
-        saved = {"model": ddp.module.state_dict(), "optimizer": optim.state_dict()}
-        torch.save({**saved, "freezing": ddp.freezing.state_dict()}, f"{folder}/file.pt")
+    for form in FORMS:
+        save_model(ddp, optim, folder, form, rank)
     dist.barrier()
     return outcome(ddp, optim, rank, range(STOP, STEPS))
 
 
 def resume(rank, world, folder, optimizer, form):
     ddp, optim = fresh(optimizer)
-    if form == "file":
-        saved = torch.load(f"{folder}/file.pt", weights_only=True)
-        ddp.module.load_state_dict(saved["model"])
-        optim.load_state_dict(saved["optimizer"])
-        ddp.freezing.load_state_dict(saved["freezing"])
-    else:
-        state = whole_state(ddp, optim, ddp.freezing if form == "object" else ddp.freezing.state_dict())
-        dcp.load(state, checkpoint_id=f"{folder}/{form}")
-        set_state_dict(ddp, optim, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        if form == "dict":
-            ddp.freezing.load_state_dict(state["freezing"])
+    load_model(ddp, optim, folder, form)
     return outcome(ddp, optim, rank, range(STOP, STEPS))
 
 
@@ -110,7 +123,7 @@ def test_a_distributed_checkpoint_resumes_as_torch_save_does(run_ranks, tmp_path
     whole = run_ranks(2, save_and_go_on, str(tmp_path), optimizer)
     freezes = [(entry["step"], entry["frontier"]) for entry in whole[0][1]]
     assert freezes[0][0] < STOP < freezes[-1][0], "something froze on either side of the stop"
-    for form in ("file", "object", "dict"):
+    for form in FORMS:
         assert_same(run_ranks(2, resume, str(tmp_path), optimizer, form), whole)
     alone = run_ranks(1, resume, str(tmp_path), optimizer, "file")
     assert [entry["frontier"] for entry in alone[0][1]] == [frontier for _, frontier in freezes]
@@ -134,28 +147,6 @@ def test_a_distributed_checkpoint_without_freezing_loads_unfrozen_and_says_so(ru
     assert any("nothing frozen" in message for message in messages)
     ((frontier, messages),) = run_ranks(1, without_freezing, str(tmp_path / "off"), env=OFF)
     assert frontier == 0 and not any("checkpoint" in message for message in messages)
-
-
-def load_model(ddp, optim, folder, form):
-    """Weights, optimizer and freezing from a checkpoint, as a script does it, freezing or not."""
-    if form == "file":
-        saved = torch.load(f"{folder}/file.pt", weights_only=True)
-        ddp.module.load_state_dict(saved["model"])
-        optim.load_state_dict(saved["optimizer"])
-        ddp.freezing.load_state_dict(saved["freezing"])
-    else:
-        state = whole_state(ddp, optim, ddp.freezing)
-        dcp.load(state, checkpoint_id=f"{folder}/object")
-        set_state_dict(ddp, optim, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-def save_model(ddp, optim, folder, form, rank):
-    equal_buffers(ddp)
-    if form != "file":
-        dcp.save(whole_state(ddp, optim, ddp.freezing), checkpoint_id=f"{folder}/object")
-    elif rank == 0:
-        saved = {"model": ddp.module.state_dict(), "optimizer": optim.state_dict()}
-        torch.save({**saved, "freezing": ddp.freezing.state_dict()}, f"{folder}/file.pt")
 
 
 def one_leg(rank, world, source, target, form, steps):

@@ -1,5 +1,5 @@
 """Whole interpreters that end while reductions have just been under way: none aborts. (A hook that runs Python on a gloo
-thread aborts about every fifth time.) KGT_EXIT_RUNS sets how often; the soak runs 50."""
+thread aborts about every fifth time.) KGT_EXIT_RUNS sets how often."""
 
 from __future__ import annotations
 

@@ -19,10 +19,27 @@ MOVES = [(5, 1), (11, 3), (19, 2)]
 STEPS = 26
 
 
-def fresh():
+def fresh(make=SmallResNet, optimizer="sgd"):
     torch.manual_seed(3)
-    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay(MOVES), interval=3)
-    return ddp, OPTIMIZERS["sgd"](ddp.parameters())
+    ddp = FreezeAwareDDP(make(), policy=Replay(MOVES), interval=3)
+    return ddp, OPTIMIZERS[optimizer](ddp.parameters())
+
+
+def saved(ddp, optimizer):
+    """A checkpoint, as bytes. Buffers are this rank's: DDP makes them equal only at the next forward."""
+    blob = io.BytesIO()
+    parts = {"model": ddp.module, "optimizer": optimizer, "freezing": ddp.freezing}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, blob)
+    return blob.getvalue()
+
+
+def resumed(blob, *made):
+    """A fresh job that goes on from a checkpoint."""
+    state = torch.load(io.BytesIO(blob), weights_only=True)
+    ddp, optimizer = fresh(*made)
+    for name, part in {"model": ddp.module, "optimizer": optimizer, "freezing": ddp.freezing}.items():
+        part.load_state_dict(state[name])
+    return ddp, optimizer
 
 
 def weights(ddp):
@@ -34,25 +51,11 @@ def stop_and_resume_everywhere(rank, world, stops):
     kept = {}
     for step in range(STEPS):
         if step in stops:
-            # Buffers per rank, too: DDP makes them equal only at the next forward.
-            blob = io.BytesIO()
-            torch.save(
-                {
-                    "model": whole.module.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "freezing": whole.freezing.state_dict(),
-                },
-                blob,
-            )
-            kept[step] = blob.getvalue()
+            kept[step] = saved(whole, optimizer)
         train(whole, optimizer, rank=rank, steps=range(step, step + 1), accumulate=2, no_sync=True)
     differences = {}
     for stop, blob in kept.items():
-        saved = torch.load(io.BytesIO(blob), weights_only=True)
-        again, optimizer = fresh()
-        again.module.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        again.freezing.load_state_dict(saved["freezing"])
+        again, optimizer = resumed(blob)
         train(again, optimizer, rank=rank, steps=range(stop, STEPS), accumulate=2, no_sync=True)
         ours, theirs = again.freezing.summary(), whole.freezing.summary()
         differences[stop] = (
@@ -75,27 +78,15 @@ def test_stopping_at_any_step_and_resuming_equals_never_stopping(run_ranks, worl
 def stop_in_mid_step(rank, world, stops):
     """Checkpoints between the two backwards of a step: the step is begun anew by the job that goes on."""
 
-    def made():
-        torch.manual_seed(3)
-        ddp = FreezeAwareDDP(SmallViT(), policy=Replay(MOVES), interval=3)
-        return ddp, OPTIMIZERS["adamw"](ddp.parameters())
-
     def save(step):
         if step in stops:
-            blob = io.BytesIO()
-            parts = {"model": whole.module, "optimizer": optimizer, "freezing": whole.freezing}
-            torch.save({name: part.state_dict() for name, part in parts.items()}, blob)
-            kept[step] = blob.getvalue()
+            kept[step] = saved(whole, optimizer)
 
     kept, outcomes = {}, {}
-    whole, optimizer = made()
+    whole, optimizer = fresh(SmallViT, "adamw")
     train(whole, optimizer, rank=rank, steps=range(STEPS), accumulate=2, no_sync=True, between=save)
     for stop, blob in kept.items():
-        saved = torch.load(io.BytesIO(blob), weights_only=True)
-        again, second = made()
-        again.module.load_state_dict(saved["model"])
-        second.load_state_dict(saved["optimizer"])
-        again.freezing.load_state_dict(saved["freezing"])
+        again, second = resumed(blob, SmallViT, "adamw")
         train(again, second, rank=rank, steps=range(stop, STEPS), accumulate=2, no_sync=True)
         same_freezes = again.freezing.summary()["freezes"] == whole.freezing.summary()["freezes"]
         outcomes[stop] = (differing(weights(again), weights(whole)), same_freezes)

@@ -30,6 +30,15 @@ def image_batch(step: int, rank: int, size: int = 6) -> tuple[torch.Tensor, torc
     return torch.randn(size, 1, 8, 8, generator=g), torch.randint(0, 5, (size,), generator=g)
 
 
+def descend(ddp: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
+    """One step on one labelled batch; its loss."""
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(ddp(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def train(
     ddp: nn.Module,
     optimizer: torch.optim.Optimizer,

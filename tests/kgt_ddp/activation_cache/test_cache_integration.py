@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kgt_ddp import FreezeAwareDDP
@@ -16,6 +15,7 @@ from kgt_ddp.activation_cache import cache as cache_module
 from kgt_ddp.policies.schedules import Replay
 from kgtrun.contract.events import read_events
 from tests.kgt_ddp.networks import SmallResNet, SmallViT
+from tests.kgt_ddp.training import descend
 
 pytestmark = pytest.mark.integration
 
@@ -44,11 +44,7 @@ def train(
         for x, y in DataLoader(data(), BATCH, sampler=sampler):
             if augment:
                 x = x + 0.01 * torch.randn_like(x)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(descend(ddp, optimizer, x, y))
         ddp.freezing.cache.drain()
         torch.distributed.barrier()  # what one rank wrote, the other finds
         totals.append(copy.copy(ddp.freezing.cache.counters))
@@ -244,11 +240,7 @@ def moving_late(rank, world, folder):
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
         losses, counts = [], {}
         for step, (x, y) in enumerate(batch for _ in range(10) for batch in DataLoader(data(), BATCH, shuffle=True)):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(descend(ddp, optimizer, x, y))
             ddp.freezing.cache.drain()
             counts[step] = copy.copy(ddp.freezing.cache.counters)
         frontier = ddp.freezing.frontier

@@ -19,6 +19,7 @@ from kgt_ddp.activation_cache.sample_ids import CHECK_EVERY, SampleIds
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.activation_cache.jobs import job
 from tests.kgt_ddp.networks import SmallResNet
+from tests.kgt_ddp.training import descend
 
 SAMPLES, BATCH = 160, 8
 IMAGES = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -358,11 +359,7 @@ def train_ranks(rank, world, folder, mode):
     for _ in range(5):
         before = int(data.decoded.sum())
         for x, y in batches:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+            losses.append(descend(ddp, optimizer, x, y))
         ddp.freezing.cache.drain()
         counts.append(int(data.decoded.sum()) - before)
     ddp.freezing.close()
