@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from run_report import frozen_so_far, report
+from run_report import frozen_so_far, report, tell_loss
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler
@@ -194,6 +194,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             optimizer.step()
             schedule.step()
             loss_sum += loss.detach()
+            tell_loss(model, loss)
         epochs.append({"loss": loss_sum.item() / len(loader)})
         line = f"epoch {epoch + 1}/{args.epochs}  loss {epochs[-1]['loss']:.4f}"
         if val_set:

@@ -1,9 +1,10 @@
-"""What the example scripts say at the end of a run: its cost, and what freezing left out. Figures in, text out."""
+"""What the example scripts say to kgtrun, and at the end of a run: its cost, and what freezing left out."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -13,6 +14,12 @@ def frozen_so_far(model: nn.Module) -> str:
     if freezing is None or not freezing.active:
         return ""
     return f"  {freezing.frontier} of {freezing.summary()['num_blocks']} blocks frozen"
+
+
+def tell_loss(model: nn.Module, loss: torch.Tensor) -> None:
+    """Only the policy kgt-paper looks at the loss; no other needs this line in a script."""
+    if hasattr(model, "freezing"):
+        model.freezing.observe_loss(loss)
 
 
 def report(figures: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""The freezing of one DDP-wrapped model: wires clock, agreement, blocks, hook, guard and policy together.
+"""The freezing of one DDP-wrapped model: wires clock, blocks, hook, guard, cache and decisions together.
 
-`FreezeAwareDDP` owns one of these as `ddp.freezing`; users call `describe`, `summary`, `state_dict` and `load_state_dict`.
+`FreezeAwareDDP` owns one of these as `ddp.freezing`; users call `describe`, `summary`, `observe_loss`,
+`state_dict` and `load_state_dict`.
 
-Life of a training step: `before_forward` (boundary: take part in the agreement, apply an agreed mask), forward, `after_forward`
+Life of a training step: `before_forward` (boundary: take part in the decisions, apply an agreed mask), forward, `after_forward`
 -> backward (the hook counts the last bucket) -> optimizer step (guard; the clock ticks). The first training forward is
-watched to learn the order of execution; the agreement begins with the next boundary.
+watched to learn the order of execution; decisions begin with the next boundary.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import JoinHook
 from torch.nn.parallel import DistributedDataParallel
@@ -27,29 +27,24 @@ from torch.utils._pytree import tree_leaves
 
 from kgt_ddp import optimizer_hooks, torch_private
 from kgt_ddp.activation_cache.cache import ActivationCache
-from kgt_ddp.agreement import LAG, Agreement, control_group
-from kgt_ddp.backward_profile import BackwardProfile
+from kgt_ddp.agreement import control_group
 from kgt_ddp.blocks import Blocks
-from kgt_ddp.cadence import coarser, interval_for
 from kgt_ddp.comm_hook import FreezeHookState
-from kgt_ddp.decider import Decider
+from kgt_ddp.decisions import Boundary, Decisions
 from kgt_ddp.execution_order import ExecutionOrder, watch
-from kgt_ddp.job_length import JobLength
 from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
-from kgt_ddp.policies.policy import Observation, Policy
+from kgt_ddp.optimizer_hooks import learning_rate
+from kgt_ddp.policies.policy import Policy
 from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
-from kgt_ddp.signals import Signals
 from kgt_ddp.step_clock import StepClock
-from kgtrun.contract import environment, heartbeat
+from kgtrun.contract import heartbeat
 from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
-LONGEST_WAIT_S = 60.0
-"""For a reference, in runs that are to be repeatable; less where ranks do not wait for each other as long."""
 
 
 class Freezing:
@@ -57,12 +52,8 @@ class Freezing:
 
     Args:
         ddp: the wrapper; held weakly.
-        policy: decides on rank 0 of the wrapper's group.
-        policy_spec: its text, compared between ranks.
+        policy, policy_spec, total_steps, interval, deterministic: see `Decisions`.
         blocks: units chosen by the user, or None.
-        total_steps: optimizer steps of the whole job, if given; a policy that listens is told what `job_length` learns.
-        interval: steps from one decision to the next, all along; None: `cadence` chooses it.
-        deterministic: scores are waited for and no time is measured, so that the run can be repeated.
         events: where decisions and applied masks are recorded.
 
     Raises:
@@ -85,39 +76,35 @@ class Freezing:
         events: EventWriter,
     ) -> None:
         self._ddp = weakref.ref(ddp)
-        self._policy = policy
         self._policy_spec = policy_spec
-        self._total_steps = total_steps
-        self._interval = interval if interval is not None else interval_for(total_steps)
-        self._paced = interval is None and total_steps is None and bool(policy.signals)
-        """Whether the interval may become longer on the way."""
-        self._deterministic = deterministic
         self._events = events
         self.blocks = Blocks(ddp.module, None if blocks is None else list(blocks))
         self.clock = StepClock()
         self.hook = FreezeHookState(ddp.process_group, self._block_parameters())
         self.hook.on_last_bucket = self._on_last_bucket
         self.mask = Mask(0, len(self.blocks))
-        self._group = control_group(ddp.process_group)
-        self._agreement: Agreement | None = None
+        self._decisions = Decisions(
+            control_group(ddp.process_group),
+            self.blocks,
+            policy=policy,
+            policy_spec=policy_spec,
+            total_steps=total_steps,
+            interval=interval,
+            deterministic=deterministic,
+            events=events,
+        )
         self._resumed: Mapping[str, Any] | None = None
-        self._advanced = -1
-        """Step whose boundary the agreement has seen. A state saved in mid-step is resumed at that step's first forward."""
         self._freezer = PrefixFreezer(self.blocks, self.hook)
         self.guard = self._freezer.guard
         self._edge = self._freezer.edge
-        self._decider = Decider(policy, events)
-        self._length = JobLength(total_steps, events)
         self._saved = SavedTime()
-        self._signals: Signals | None = None
-        self._profile: BackwardProfile | None = None
         self._apply_s: float | None = None
         self._join = JoinWatch()
         self._training = False
         self._order: ExecutionOrder | None = None
         self._around_forward = ExitStack()
         self.cache = ActivationCache(
-            ddp, self.blocks, events, progress=lambda: (self.clock.step, self._length.total_steps)
+            ddp, self.blocks, events, progress=lambda: (self.clock.step, self._decisions.total_steps)
         )
         self._parameter_ids = {id(p) for p in ddp.module.parameters()}
         # In order of their first step: a set's order is that of addresses, which no run repeats.
@@ -153,8 +140,17 @@ class Freezing:
             "reduced_bytes_by_block": list(self.hook.reduced_bytes),
             "dropped_bytes_by_block": list(self.hook.dropped_bytes),
             "cache": self.cache.summary(),
-            "reference": self._signals.stats() if self._signals else {},
+            "reference": self._decisions.reference_stats(),
         }
+
+    def observe_loss(self, loss: torch.Tensor | float) -> None:
+        """Report a step's training loss, before any scaling of it. No policy needs it; `kgt-paper` ends its bootstrapping
+        by it. Rank 0's losses are the ones that count. Waits for nothing.
+
+        Raises:
+            TypeError: neither a number nor a tensor of numbers.
+        """
+        self._decisions.loss.add(loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on freezing as if never stopped; plain data, any rank. Saved in the middle of a step's
@@ -166,8 +162,7 @@ class Freezing:
         """
         shared = {
             "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
-            "agreement": self._agreement.state_dict() if self._agreement else None,
-            "advanced": self._advanced,
+            **self._decisions.state_dict(),
             "freezes": [dict(entry) for entry in self._applied],
             "reduced_bytes": list(self.hook.reduced_bytes),
             "dropped_bytes": list(self.hook.dropped_bytes),
@@ -180,14 +175,9 @@ class Freezing:
             "policy_spec": self._policy_spec,
             "shared": (shared,),
         }
-        fresh = self._agreement is None
-        if fresh or dist.get_rank(self._group) == 0:
-            state["rank_0"] = (self._rank_0_state(),)
+        if self._decisions.has_rank_0_state:
+            state["rank_0"] = (self._decisions.rank_0_state(),)
         return state
-
-    def _rank_0_state(self) -> dict[str, Any]:
-        length = {**self._length.state_dict(), "num_ranks": self._group.size()}
-        return {"policy": self._policy.state_dict(), "job_length": length}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on where `state_dict()` left off. Call on every rank, before the first training forward.
@@ -225,26 +215,13 @@ class Freezing:
         self.hook.reduced_bytes = list(shared["reduced_bytes"])
         self.hook.dropped_bytes = list(shared["dropped_bytes"])
         self._applied = [dict(entry) for entry in shared["freezes"]]
-        self._advanced = shared["advanced"]
         self.mask = Mask(0, len(self.blocks), state["generation"])
-        self._begin_agreement()
-        if state["policy_spec"] == self._policy_spec and self._agreement and shared["agreement"]:
-            self._agreement.load_state_dict(shared["agreement"])
-            self._follow_interval()
-        if "rank_0" in state:
-            same_policy = state["policy_spec"] == self._policy_spec
-            self._load_rank_0_state(state["rank_0"][0], same_policy=same_policy, same_clock=off is None)
-        elif dist.get_rank(self._group) == 0:
-            logger.warning("the freezing state was not saved by rank 0: the policy begins without its memory")
+        self._begin_decisions()
+        same_policy = state["policy_spec"] == self._policy_spec
+        self._decisions.load_state_dict(shared, same_policy=same_policy, step=self.clock.step)
+        rank_0 = state["rank_0"][0] if "rank_0" in state else None
+        self._decisions.load_rank_0_state(rank_0, same_policy=same_policy, same_clock=off is None)
         self._resumed = state
-
-    def _load_rank_0_state(self, state: Mapping[str, Any], *, same_policy: bool, same_clock: bool) -> None:
-        length = state.get("job_length", {})
-        # On another number of ranks an epoch has other steps; steps made with freezing off were not counted.
-        if same_clock and length.get("num_ranks") == self._group.size():
-            self._length.load_state_dict(length)
-        if same_policy:
-            self._policy.load_state_dict(state["policy"])
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -258,8 +235,7 @@ class Freezing:
         if not self._training:
             return
         self.clock.paused = self._join.inside and torch_private.join_enabled(ddp)
-        if self._signals is not None and not self._signals.has_probe:
-            self._signals.retain_probe(inputs, kwargs)
+        self._decisions.before_forward(inputs, kwargs)
         if self.clock.forward_begins():
             torch_private.rebuild_buckets_if_due(ddp)
             self._boundary()
@@ -291,8 +267,8 @@ class Freezing:
         return self._join.begins(hook)
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self._signals is not None and self._owns(optimizer):
-            self._signals.before_optimizer_step()
+        if self._owns(optimizer):
+            self._decisions.before_optimizer_step()
         self.guard.before_step(optimizer)
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -304,9 +280,7 @@ class Freezing:
 
     def _step_ended(self) -> None:
         self.guard.step_ended()
-        if self._profile is not None:
-            self._profile.step_ended()
-        self._length.step_ended(self.clock.step)
+        self._decisions.step_ended(self.clock.step)
         self._saved.step_ended(time.monotonic(), frozen=self.mask.frontier > 0)
         heartbeat.beat(self.clock.step, frontier=self.mask.frontier, saved_s=self._saved.seconds)
 
@@ -322,115 +296,33 @@ class Freezing:
         self._edge.reentrant = order.reentrant_checkpoint
         self.hook.set_blocks(self._block_parameters())
         self.mask = Mask(0, len(self.blocks), self.mask.generation)
-        self._begin_agreement()
-        if self._signals is not None and not self._deterministic:
-            self._profile = BackwardProfile(self.blocks)
+        self._begin_decisions()
+        self._decisions.profile_backward()
 
-    def _begin_agreement(self) -> None:
-        self._agreement = Agreement(
-            self._group,
-            num_blocks=len(self.blocks),
-            signals=self._policy.signals,
-            interval=self._interval,
-            decide=self._decide,
-            pace=self._pace,
-        )
-        self._proved = False
-        if self._policy.signals and self.blocks.max_frontier:
-            self._signals = Signals(
-                self._policy.signals,
-                self.blocks,
-                self._wrapper.module,
-                interval=self._interval,
-                rank_on_node=environment.rank_on_node(),
-                longest_wait_s=self._longest_wait_s() if self._deterministic else 0.0,
-                events=self._events,
-            )
-        self._events.write(
-            "blocks",
-            policy=self._policy_spec,
-            total_steps=self._total_steps,
-            interval=self._interval,
-            blocks=[
-                {"name": b.name, "parameters": b.num_parameters, "shared": list(b.shared)} for b in self.blocks.blocks
-            ],
-        )
-        if self.blocks.max_frontier == 0:
-            logger.warning("the model has a single block: nothing can be frozen")
-
-    def _longest_wait_s(self) -> float:
-        return min(LONGEST_WAIT_S, torch_private.group_timeout(self._wrapper.process_group).total_seconds() / 2)
-
-    # ---- decisions --------------------------------------------------------------------------------------------------
+    def _begin_decisions(self) -> None:
+        patience_s = torch_private.group_timeout(self._wrapper.process_group).total_seconds() / 2
+        self._decisions.begin(self._wrapper.module, longest_wait_s=patience_s)
 
     def _boundary(self) -> None:
-        if self._agreement is None:
+        """Between two steps."""
+        if not self._decisions.begun:
             return
-        if not self._proved:
-            self._agreement.prove_equal(
-                {
-                    "blocks": self.blocks.fingerprint(),
-                    "policy": self._policy_spec,
-                    "total_steps": self._total_steps,
-                    "interval": self._interval,
-                    "step": self.clock.step,
-                }
-            )
-            self._proved = True
+        self._decisions.prove_equal(self.clock.step)
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
             if state["frontier"]:
                 self._apply(Mask(state["frontier"], len(self.blocks), state["generation"]), resumed=True)
-        if self._advanced == self.clock.step:
-            return
-        self._advanced = self.clock.step
-        signals = None
-        if self._signals is not None and self._agreement.wants_signals(self.clock.step):
-            signals = self._signals.collect(self.clock.step, self.mask.generation)
-            self._length.look(list(self._optimizers), self.clock.step)
-        mask = self._agreement.advance(self.clock.step, self.mask, signals)
-        self._follow_interval()
+        mask = self._decisions.boundary(
+            Boundary(
+                step=self.clock.step,
+                mask=self.mask,
+                optimizers=list(self._optimizers),
+                step_seconds=self._saved.unfrozen_step_s,
+                apply_seconds=self._apply_s,
+            )
+        )
         if mask is not None:
             self._apply(mask)
-
-    def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
-        """Rank 0, one boundary after the collection of `signals`, one before the mask is applied."""
-        step = self.clock.step
-        timed = not self._deterministic  # no two runs measure the same
-        observation = Observation(
-            step=step,
-            apply_step=step + LAG - 1,
-            total_steps=self._length.total_steps,
-            num_blocks=len(self.blocks),
-            frontier=self.mask.frontier,
-            learning_rate=self._learning_rate(),
-            lag_steps=self._signals.lag_steps if self._signals else None,
-            step_seconds=self._saved.unfrozen_step_s if timed else None,
-            block_seconds=self._profile.block_seconds if self._profile else None,
-            apply_seconds=self._apply_s if timed else None,
-            signals=signals,
-        )
-        return self._decider.decide(observation)
-
-    def _pace(self, interval: int) -> int:
-        """Rank 0: the interval from now on."""
-        return coarser(interval, self.clock.step, self._length.total_steps) if self._paced else interval
-
-    def _follow_interval(self) -> None:
-        """All ranks, at the same step: what rank 0 chose."""
-        assert self._agreement is not None
-        if self._agreement.interval == self._interval:
-            return
-        self._events.write("interval", step=self.clock.step, was=self._interval, interval=self._agreement.interval)
-        self._interval = self._agreement.interval
-        if self._signals is not None:
-            self._signals.set_interval(self._interval)
-
-    def _learning_rate(self) -> float | None:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                return float(group["lr"]) if "lr" in group else None
-        return None
 
     def _apply(self, mask: Mask, *, resumed: bool = False) -> None:
         """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
@@ -448,7 +340,7 @@ class Freezing:
             was=old,
             generation=mask.generation,
             seconds=self._apply_s,
-            learning_rate=self._learning_rate(),
+            learning_rate=learning_rate(self._optimizers),
             reduced_bytes=sum(self.hook.reduced_bytes),
             dropped_bytes=sum(self.hook.dropped_bytes),
         )
@@ -460,8 +352,7 @@ class Freezing:
 
     def close(self) -> None:
         """Record the totals; later calls do nothing."""
-        if self._signals is not None:
-            self._signals.close()
+        self._decisions.close()
         if self.clock.step:
             self._events.write("trainer_end", **self.summary())
         self.cache.close()

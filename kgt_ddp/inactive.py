@@ -48,6 +48,9 @@ class Inactive:
     def summary(self) -> dict[str, Any]:
         return {"active": False, "reason": self.reason, "frontier": 0, "freezes": [], "dropped_bytes": 0}
 
+    def observe_loss(self, loss: object) -> None:
+        """Nobody decides by it."""
+
     def state_dict(self) -> dict[str, Any]:
         """What was loaded, or that of a job in which nothing has happened; marked as saved with freezing off."""
         (shared,) = self._kept["shared"]

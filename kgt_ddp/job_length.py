@@ -6,8 +6,8 @@ epoch or once a micro-batch, so the unit is observed: steps of the clock from on
 
 States: *given* (never changes) | *looking* (no scheduler with an end was found yet) -> *watching* (its unit is not known)
 -> *learned* -> *unknown* for good, where the job goes on past the end that it was said to have, or where two schedulers
-say different things. Only the rank whose policy decides looks and watches: nothing else may depend on a length that was
-learned, since other ranks do not know it.
+say different things. All ranks look and watch, at the same steps; but what must be equal on all of them is decided on
+rank 0 alone and sent, since nothing proves that they all found the same.
 
 Nothing of torch is patched. A scheduler keeps its optimizer, not the reverse; so it is looked for among the objects that
 Python's garbage collector knows: about 0.07 s for 340,000 objects, once where it succeeds, otherwise again at four times

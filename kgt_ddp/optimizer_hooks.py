@@ -7,6 +7,7 @@ listener, and listeners are held weakly.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
@@ -33,6 +34,14 @@ def listen(listener: StepListener) -> None:
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)
         _installed = True
+
+
+def learning_rate(optimizers: Iterable[Optimizer]) -> float | None:
+    """Of the first parameter group; None without one, or where it has none."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            return float(group["lr"]) if "lr" in group else None
+    return None
 
 
 def _before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -116,6 +116,27 @@ def test_without_a_reference_scores_are_unknown_and_training_goes_on(run_ranks):
     assert sum(block_seconds) > 0
 
 
+def reporting(rank, world):
+    policy = Listener()
+    ddp = FreezeAwareDDP(SmallResNet(), policy=policy, interval=3, total_steps=12)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    for step in range(12):
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        ddp.freezing.observe_loss(torch.tensor(float(100 * rank + step)))
+    return [(o.step, o.loss) for o in policy.heard]
+
+
+def test_losses_that_the_script_reports_reach_the_policy_as_means_between_decisions(run_ranks):
+    heard, nothing = run_ranks(2, reporting)
+    assert nothing == []
+    steps = [step for step, _ in heard]
+    begins = [0, *steps]
+    assert len(steps) >= 3
+    assert [loss for _, loss in heard] == [
+        sum(range(begin, end)) / (end - begin) for begin, end in zip(begins, steps, strict=False)
+    ]
+
+
 def pacing(rank, world):
     """A job whose scheduler says that it has 3,000 steps; two decisions after that are enough."""
     torch.manual_seed(3)

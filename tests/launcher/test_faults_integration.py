@@ -14,7 +14,6 @@ def test_a_fault_ends_in_order(seed, tmp_path):
     run_light(Case.from_seed(seed), tmp_path)
 
 
-@pytest.mark.parametrize("seed", [1, 4])
-def test_a_fault_in_a_real_job_ends_in_order(seed, tmp_path):
+def test_a_fault_in_a_real_job_ends_in_order(tmp_path):
     """The launcher's side of it is the same; gloo and DataLoader tell of a peer's or a worker's death in their own way."""
-    run_real(Case.from_seed(seed), tmp_path)
+    run_real(Case.from_seed(4), tmp_path)

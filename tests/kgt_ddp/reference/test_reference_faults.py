@@ -468,10 +468,8 @@ def test_trainers_killed_in_the_middle_leave_nothing_in_the_reference(shared_ref
     shared_memory = set(os.listdir("/dev/shm"))
     before = shared_reference.descriptors()
     other = offered(shared_reference, tools.small_net(), ["0"])
-    for _ in range(3):
-        trainer = subprocess.Popen(
-            [sys.executable, "-c", TRAINER, str(shared_reference.directory)], stdout=subprocess.PIPE
-        )
+    command = [sys.executable, "-c", TRAINER, str(shared_reference.directory)]
+    for trainer in [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]:
         assert trainer.stdout.readline() == b"scored\n"
         trainer.kill()
         trainer.wait(10)
