@@ -85,6 +85,9 @@ class Decisions:
         """Whether the interval may become longer on the way."""
         self._deterministic = deterministic
         self._events = events
+        # getattr: a policy is any object with the interface, and may be from before it had this attribute.
+        too_short = total_steps is not None and total_steps <= getattr(policy, "shortest_job", 0)
+        self._signal_names = () if too_short else tuple(policy.signals)
         self._decider = Decider(policy, events)
         self._length = JobLength(total_steps, events)
         self.loss = LossMeter()
@@ -120,15 +123,15 @@ class Decisions:
         self._agreement = Agreement(
             self._group,
             num_blocks=len(self._blocks),
-            signals=self._policy.signals,
+            signals=self._signal_names,
             interval=self._interval,
             decide=self._decide,
             pace=self._pace,
         )
         self._proved = False
-        if self._policy.signals and self._blocks.max_frontier:
+        if self._signal_names and self._blocks.max_frontier:
             self._signals = Signals(
-                self._policy.signals,
+                self._signal_names,
                 self._blocks,
                 model,
                 interval=self._interval,

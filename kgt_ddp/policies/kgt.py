@@ -60,6 +60,7 @@ class Kgt:
     tolerance: float = 0.01
     signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
     needs_total_steps: ClassVar[bool] = False
+    shortest_job: ClassVar[int] = MIN_STEPS
     _rate: RateWatch = field(default_factory=RateWatch, init=False)
     _cuts: list[CutHistory] = field(default_factory=list, init=False)
     _lag_steps: int | None = field(default=None, init=False)

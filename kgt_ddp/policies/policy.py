@@ -64,6 +64,10 @@ class Policy(Protocol):
     needs_total_steps: ClassVar[bool]
     """Whether it cannot work without the job's length."""
 
+    shortest_job: ClassVar[int]
+    """A job known to have no more optimizer steps than this is not listened to: the policy would change nothing in it.
+    An object without this attribute always listens."""
+
     def decide(self, observation: Observation) -> Decision: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -76,6 +80,7 @@ class Schedule:
 
     signals: ClassVar[tuple[str, ...]] = ()
     needs_total_steps: ClassVar[bool] = False
+    shortest_job: ClassVar[int] = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -137,6 +137,21 @@ def test_losses_that_the_script_reports_reach_the_policy_as_means_between_decisi
     ]
 
 
+def connecting(rank, world, total_steps):
+    ddp = FreezeAwareDDP(SmallResNet(), policy="kgt", total_steps=total_steps)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    train(ddp, optimizer, rank=rank, steps=range(10))
+    stats = ddp.freezing.summary()["reference"]
+    ddp.freezing.close()
+    return stats
+
+
+def test_a_job_too_short_to_freeze_in_does_not_trouble_the_reference(run_ranks, reference):
+    assert run_ranks(1, connecting, 200, env=env(reference)) == [{}]
+    (stats,) = run_ranks(1, connecting, 201, env=env(reference))
+    assert stats["submitted"] > 0
+
+
 def pacing(rank, world):
     """A job whose scheduler says that it has 3,000 steps; two decisions after that are enough."""
     torch.manual_seed(3)
