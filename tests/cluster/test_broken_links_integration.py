@@ -80,7 +80,7 @@ def test_a_cable_that_comes_back_after_10_seconds_costs_that_time_and_nothing_el
 
 @slow
 def test_references_that_die_on_one_node_do_not_end_the_launch(two, tmp_path):
-    job = Job(two, tmp_path / "job", "--policy", "kgt", "--total-steps", "150", "--ref-per-node", "1", steps=150)
+    job = Job(two, tmp_path / "job", "--policy", "kgt", "--total-steps", "450", "--ref-per-node", "1", steps=150)
     job.wait_for_step(15)
     started = [e for e in read_events(job.folder / "run") if e["kind"] == "reference_start" and e["host"] == "h1"]
     pids = [e["child_pid"] for e in started if e["role"] == "launcher"]  # a reference that is up says so as well
