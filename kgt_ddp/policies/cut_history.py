@@ -46,7 +46,6 @@ class Outlook:
     level: float
     exponent: float
     to_come: float
-    past: float
     declined: bool
     """Three of four scores of the window are under `DECLINE` times the peak."""
 
@@ -133,7 +132,7 @@ class CutHistory:
         exponent = min(max(math.log2(growth) / 2, 0.0), 2.0)
         to_come = level * (horizon / span) ** exponent if math.isfinite(horizon) else math.inf
         declined = upper < DECLINE * self.peak
-        return Outlook(level=level, exponent=exponent, to_come=to_come, past=self.past(), declined=declined)
+        return Outlook(level=level, exponent=exponent, to_come=to_come, declined=declined)
 
     def _count(self, step: int, far: float, span: int) -> None:
         """Add a term to the past, if it is time to."""

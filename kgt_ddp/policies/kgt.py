@@ -1,13 +1,13 @@
-"""`kgt`: freeze the front blocks whose movement still to come is small beside what has moved so far. The default.
+"""`kgt`: freeze the front blocks whose movement still to come is small beside how far the network has come.
 
 Numbers it listens to, one a block, means over the ranks: "plasticity", "plasticity_2" and "plasticity_4", which are
 S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed distance on retained samples, and "floor".
 `cut_history` makes of them what is still to come of each cut and what is past. A cut is still when
 
-    to come < tolerance × √(its own past × the deepest block's past)    and    it has declined from its peak
+    to come < tolerance × the deepest block's past    and    it has declined from its own peak
 
 for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is
-relative, to the block's own history and to how far the network as a whole has travelled, so that precision, samples,
+relative, to how far the network as a whole has travelled and to the block's own history, so that precision, samples,
 schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by itself is up to
 `FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The last fifth of
 the blocks always trains.
@@ -54,10 +54,10 @@ class Kgt:
     """See the module.
 
     Args:
-        tolerance: how much of the movement so far a block may still owe when it is frozen.
+        tolerance: how much of the network's movement so far a block may still owe when it is frozen.
     """
 
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = MIN_STEPS
@@ -215,7 +215,7 @@ class Kgt:
 
 def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float | None]:
     """What is to come of each cut as a share of what is past, see the module; None where it is not known."""
-    return [o.to_come / math.sqrt(o.past * deepest) if o and deepest else None for o in outlooks]
+    return [o.to_come / deepest if o and deepest else None for o in outlooks]
 
 
 def _scores(observation: Observation) -> list[Scores]:

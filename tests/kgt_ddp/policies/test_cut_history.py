@@ -32,9 +32,9 @@ def test_the_exponent_tells_jitter_from_wandering_from_steady_movement(growth, e
 
 
 def test_past_has_one_term_every_four_lags():
-    outlook = history([1e-5] * 21).outlook(0, SPAN)  # steps 40 to 240
-    assert outlook.past == pytest.approx(6 * 4e-5)
-    assert outlook.level == pytest.approx(4e-5)
+    cut = history([1e-5] * 21)  # steps 40 to 240
+    assert cut.past() == pytest.approx(6 * 4e-5)
+    assert cut.outlook(0, SPAN).level == pytest.approx(4e-5)
 
 
 def test_a_plunge_from_random_weights_is_not_what_all_else_is_measured_by():
@@ -106,7 +106,7 @@ def test_fresh_weights_begin_a_new_history_when_no_score_compares_across_the_jum
     assert cut.outlook(100, SPAN) is None and cut.past() == 0 and cut.blind_until == jump + settling(SPAN)
     for step in range(jump + 10, jump + 171, 10):
         cut.note(step, scores(2e-5), span=SPAN, window=WINDOW)
-    assert cut.outlook(100, SPAN).past == pytest.approx(3 * 8e-5)
+    assert cut.past() == pytest.approx(3 * 8e-5)
     assert cut.outlook(100, SPAN).level == pytest.approx(8e-5)
 
 
