@@ -6,6 +6,7 @@ here decides by what it has seen, in a list that grows, and as every policy it s
 
 from __future__ import annotations
 
+import os
 import pytest
 import torch
 import torch.distributed as dist
@@ -118,7 +119,7 @@ def assert_same(found, expected):
         assert differing(weights, other_weights) == []
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"] if os.environ.get("KGTRUN_FULL_TESTS") else ["adamw"])
 def test_a_distributed_checkpoint_resumes_as_torch_save_does(run_ranks, tmp_path, optimizer):
     whole = run_ranks(2, save_and_go_on, str(tmp_path), optimizer)
     freezes = [(entry["step"], entry["frontier"]) for entry in whole[0][1]]
