@@ -7,6 +7,7 @@ here decides by what it has seen, in a list that grows, and as every policy it s
 from __future__ import annotations
 
 import os
+
 import pytest
 import torch
 import torch.distributed as dist
