@@ -26,6 +26,7 @@ from kgt_ddp.loss_meter import LossMeter
 from kgt_ddp.mask import Mask
 from kgt_ddp.optimizer_hooks import learning_rate
 from kgt_ddp.policies.policy import Observation, Policy
+from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.signals import Signals
 from kgtrun.contract import environment
 from kgtrun.contract.events import EventWriter
@@ -38,15 +39,15 @@ LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary:
-    """Where training stands between two steps; times are None where not measured."""
+    """Where training stands between two steps."""
 
     step: int
     mask: Mask
     optimizers: Sequence[Optimizer]
-    step_seconds: float | None = None
-    """A step with nothing frozen."""
+    saved: SavedTime
+    """Knows what a step with nothing frozen takes; asked only when something is decided."""
     apply_seconds: float | None = None
-    """The last change of the mask."""
+    """The last change of the mask; None before the first."""
 
 
 class Decisions:
@@ -223,7 +224,7 @@ class Decisions:
             learning_rate=learning_rate(now.optimizers),
             loss=self.loss.take(),
             lag_steps=self._signals.lag_steps if self._signals else None,
-            step_seconds=now.step_seconds if timed else None,
+            step_seconds=now.saved.unfrozen_step_s if timed else None,
             block_seconds=self._profile.block_seconds if self._profile else None,
             apply_seconds=now.apply_seconds if timed else None,
             signals=signals,

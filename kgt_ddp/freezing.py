@@ -317,7 +317,7 @@ class Freezing:
                 step=self.clock.step,
                 mask=self.mask,
                 optimizers=list(self._optimizers),
-                step_seconds=self._saved.unfrozen_step_s,
+                saved=self._saved,
                 apply_seconds=self._apply_s,
             )
         )

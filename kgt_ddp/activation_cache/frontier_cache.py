@@ -167,9 +167,10 @@ class FrontierCache:
     def _seem_there(self, batch: Batch) -> np.ndarray:
         """Which samples seem to have records; none, where a few of them have none: that is what each batch of new
         samples looks like, and it is to cost little. A record that was overlooked is written again, in its place."""
-        if not any(self._table.has(key) for key in batch.keys[:GLANCE]):
+        there = [self._table.has(key) for key in batch.keys[:GLANCE]]
+        if not any(there):
             return np.zeros(batch.size, bool)
-        return np.array([self._table.has(key) for key in batch.keys])
+        return np.array(there + [self._table.has(key) for key in batch.keys[GLANCE:]])
 
     def _compute_missing(self, tensors: list[torch.Tensor], batch: Batch, missing: list[int]) -> None:
         """Run the prefix for some samples and put their records among those that were read."""
