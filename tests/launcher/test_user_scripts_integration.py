@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kgtrun.contract.events import read_events
+from tests.stock_torch import run_to_an_orderly_end
 
 pytestmark = pytest.mark.integration
 
@@ -47,14 +48,21 @@ def load(path: Path) -> dict:
 @pytest.mark.parametrize("script", NAMES if FULL else ["hugging_face_trainer", "plain_torchrun"], indirect=True)
 def test_torchruns_result_with_freezing_off(runs, script):
     theirs, ours = runs.directory / "theirs.pt", runs.directory / "ours.pt"
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", "torch", script],
-        env=runs.environment(OUTPUT=str(theirs)),
-        cwd=runs.directory,
-        check=True,
-        timeout=240,
-        capture_output=True,
-    )
+
+    def under_torchrun() -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--log-dir", "torch", script],
+            env=runs.environment(OUTPUT=str(theirs)),
+            cwd=runs.directory,
+            timeout=240,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
+
+    code, output = run_to_an_orderly_end(under_torchrun)
+    assert code == 0, output
     done = runs.run("--policy", "none", "--nproc-per-node", "2", script, OUTPUT=str(ours), timeout_s=240)
     assert done.code == 0, done.err
     expected, got = load(theirs), load(ours)
