@@ -8,11 +8,11 @@ past what it is to be given, or is compiled meanwhile, computes as ever; `bypass
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,14 @@ from kgt_ddp.activation_cache.counters import Counters
 from kgt_ddp.activation_cache.first_use import Route
 from kgt_ddp.activation_cache.gate import Gate, Spent
 from kgt_ddp.activation_cache.key import Batch
-from kgt_ddp.activation_cache.outputs import map_tensors, poisoned
+from kgt_ddp.activation_cache.offers import Offers
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import COMPILED, Prefix
 from kgt_ddp.activation_cache.record import Rows, segments
-from kgt_ddp.activation_cache.sample_ids import SampleIds
 from kgt_ddp.activation_cache.short_circuit import Replacement, now, replaced, stopped_at, timed
-from kgt_ddp.activation_cache.side_run import Outcome, close, on_the_side, outcome
+from kgt_ddp.activation_cache.side_run import close
 from kgt_ddp.activation_cache.store import Table
 from kgt_ddp.activation_cache.writer import Writer
-
-logger = logging.getLogger(__name__)
 
 WORTH_JOINING = 0.25
 """With fewer hits than this share of a batch the whole batch is computed: one forward in place of two."""
@@ -83,7 +80,7 @@ class FrontierCache:
         self._until_spot_check = 1
         self.finds = False
         self.num_looked_up = 0
-        self._ignored: dict[SampleIds, bool] = {}
+        self._offers = Offers(model, partial(route.table, self._unit), table.digest, counters)
         self._last = time.perf_counter()
 
     @contextmanager
@@ -102,7 +99,7 @@ class FrontierCache:
             if value is None:
                 batch = arrival.restore(batch)
             else:
-                self._offer(arrival, batch, value)
+                self._offers.make(arrival, batch, value)
         if value is not None:
             spent = replace(spent, hits=hits, undecoded=self._undecoded(arrival, hits))
             self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
@@ -124,8 +121,7 @@ class FrontierCache:
         return self._table.has(key)
 
     def close(self) -> None:
-        for ids in self._ignored:
-            ids.withdraw()
+        self._offers.withdraw()
         self._counters.corrupt += self._table.corrupt
         self._table.close()
 
@@ -278,47 +274,13 @@ class FrontierCache:
         self._counters.check_s += time.perf_counter() - started
         return self.wrong is not None
 
-    def _offer(self, arrival: Arrival, batch: Batch, value: Any) -> None:
-        """Let workers leave out what has a record here, once the samples are known to be the same every time."""
-        ids = arrival.ids
-        if ids.dropped or not ids.proven or arrival.waiting or not arrival.entered:
-            return
-        if ids not in self._ignored:
-            self._ignored[ids] = self._ignores(arrival.leaves, batch, value)
-            if not self._ignored[ids]:
-                logger.warning(
-                    "activation cache: all samples are decoded: the model reads them from behind the frontier"
-                )
-        if self._ignored[ids]:
-            ids.publish(self._table.digest)
-
     def _undecoded(self, arrival: Arrival | None, hits: int) -> int:
-        """How many of the hits need not be decoded, by this rank, from the time on when ids are proven."""
-        if arrival is None or not arrival.may_be_left_out or not self._ignored.get(arrival.ids, True):
+        """How many of the hits need not be decoded, by this rank."""
+        if arrival is None or not self._offers.may_cover(arrival):
             self._gate.decodes(0.0)
             return 0
         self._gate.decodes(arrival.ids.decode_s_per_sample)
         return min(hits, arrival.num_known)
-
-    def _ignores(self, leaves: Sequence[torch.Tensor], batch: Batch, value: Any) -> bool:
-        """Whether the model's outcome is the same with NaN in the input, if the frontier unit returns `value`."""
-        device = next(self._model.parameters()).device
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-
-        def run(change: Callable[[torch.Tensor], torch.Tensor]) -> Outcome:
-            args, kwargs = batch.arguments(lambda _, t: change(t) if any(t is leaf for leaf in leaves) else t)
-            args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
-            with replaced(self._route.table(self._unit, map_tensors(torch.Tensor.clone, value), batch)):
-                return outcome(lambda: self._model(*args, **kwargs), parameters)
-
-        started = time.perf_counter()
-        try:
-            with on_the_side(self._model):
-                return run(lambda t: t).same(run(poisoned))
-        except (RuntimeError, TypeError, ValueError, LookupError):
-            return False
-        finally:
-            self._counters.check_s += time.perf_counter() - started
 
     def _account(self, spent: Spent) -> None:
         at = time.perf_counter()
