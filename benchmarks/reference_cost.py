@@ -3,12 +3,14 @@
     python -m benchmarks.reference_cost [--quick]
 
 A ResNet-20 on random images of Fashion-MNIST's shape, under kgtrun with one reference, one rank and then two. Each rank
-holds two jobs, `off` (policy none) and `on` (policy kgt, with a tolerance that nothing reaches, so that both always train
-all of the network), and runs them in turns of several decisions each. A turn begins when the reference is idle. What it
-still works on when a turn of `on` ends is not in that turn's time, but in the reference's CPU seconds.
+holds three jobs: `off` (policy none), `on` (policy kgt, with a tolerance that nothing reaches, so that all of the network
+is always trained), and `short` (the same, but 200 steps in all, of which it makes a few a turn). It runs them in turns of
+several decisions each. A turn begins when the reference is idle. What it still works on when a turn of `on` ends is not
+in that turn's time, but in the reference's CPU seconds.
 
-Figures: `step_on_over_off_1rank` and `_2ranks`; `reference_cpu_share_…`, CPU seconds of the reference over those of the
-whole job while `on` runs; `scores_per_decision_…`, that the reference did score.
+Figures: `step_on_over_off_1rank` and `_2ranks`; `short_job_over_off_…`, a step of a job too short to freeze in;
+`reference_cpu_share_…`, CPU seconds of the reference over those of the whole job while `on` runs;
+`scores_per_decision_…`, that the reference did score.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.turns import REFERENCE
 TOTAL_STEPS = 6_000
 """Of the job that is played: decides how often there is a decision, every 40 steps."""
 INTERVAL = TOTAL_STEPS // 150
+SHORT_STEPS = 200
 NEVER = "kgt:tolerance=1e-9"
 _IDLE_S = 0.4
 _IDLE_BOUND_S = 60.0
@@ -75,7 +78,9 @@ def worker(answer: Path, batch: int, steps: int, rounds: int) -> None:
     jobs = {
         "off": Job(FreezeAwareDDP(network(), policy="none", total_steps=TOTAL_STEPS), batch, rank),
         "on": Job(FreezeAwareDDP(network(), total_steps=TOTAL_STEPS), batch, rank),
+        "short": Job(FreezeAwareDDP(network(), total_steps=SHORT_STEPS), batch, rank),
     }
+    steps_of = {"off": steps, "on": steps, "short": min(steps, SHORT_STEPS // (rounds + 1))}
     reference_s: list[float] = []
     own_s: list[float] = []
 
@@ -84,7 +89,7 @@ def worker(answer: Path, batch: int, steps: int, rounds: int) -> None:
             wait_until_idle()
             dist.barrier()
             reference_before, own_before = reference_cpu_s(), time.process_time()
-            found = seconds(lambda: jobs[name].run(steps))
+            found = seconds(lambda: jobs[name].run(steps_of[name])) / steps_of[name]
             own = torch.tensor(time.process_time() - own_before, dtype=torch.float64)
             dist.all_reduce(own)
             if name == "on":
@@ -99,7 +104,7 @@ def worker(answer: Path, batch: int, steps: int, rounds: int) -> None:
     jobs["off"].run(steps)
     jobs["on"].run(9 * INTERVAL if rounds > 3 else steps)
     samples = interleave({name: turn(name) for name in jobs}, rounds=rounds)
-    assert jobs["on"].ddp.freezing.frontier == 0, "something was frozen: on and off did different work"
+    assert not any(job.ddp.freezing.frontier for job in jobs.values()), "something was frozen: they did different work"
     if rank == 0:
         answer.write_text(json.dumps({"samples": samples, "reference_s": reference_s, "own_s": own_s}))
     dist.destroy_process_group()
@@ -135,6 +140,7 @@ def main() -> None:
     for num_ranks, name in ((1, "1rank"), (2, "2ranks")):
         found = measure(num_ranks, batch, steps, rounds)
         figures.sampled(f"step_on_over_off_{name}", ratios(found["samples"]["on"], found["samples"]["off"]))
+        figures.sampled(f"short_job_over_off_{name}", ratios(found["samples"]["short"], found["samples"]["off"]))
         shares = [r / (r + o) for r, o in zip(found["reference_s"], found["own_s"], strict=True)]
         figures.sampled(f"reference_cpu_share_{name}", shares)
         figures.exact(f"scores_per_decision_{name}", round(found["scores_per_decision"], 3))

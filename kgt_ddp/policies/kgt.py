@@ -57,7 +57,7 @@ class Kgt:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
     """
 
-    tolerance: float = 0.003
+    tolerance: float = 0.004
     signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = MIN_STEPS

@@ -27,12 +27,12 @@ def still_to_come(name, block, share):
 # ---- cosine: the rate falls smoothly to zero ------------------------------------------------------------------------
 
 
-def test_cosine_saves_about_a_quarter_of_the_backward_work():
-    """A short job; over ten epochs of all images, six times as many steps, it was 26 % (docs/benchmarks.md)."""
+def test_cosine_saves_about_a_third_of_the_backward_work():
     found = replay("resnet-cosine", Kgt())
     linear = replay("resnet-cosine", parse_policy("linear"))
-    assert 0.2 < found.frozen < linear.frozen < 0.42
-    assert found.first(8) < 0.9 and found.decisions[-1][1].frontier == 8  # all but the last fifth
+    assert 0.30 < found.frozen < 0.42
+    assert found.frozen > 0.85 * linear.frozen
+    assert found.first(8) < 0.85 and found.decisions[-1][1].frontier == 8  # all but the last fifth
 
 
 def test_cosine_freezes_nothing_before_a_third_and_never_thaws():
@@ -67,9 +67,7 @@ def test_cosine_without_the_learning_rate_freezes_later():
 
 def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
     """Block 3 (stage2.0) got random weights at 40 % of the job; the run is the same up to there."""
-    usual_plain, usual_fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
-    assert usual_fresh.first(2) >= usual_plain.first(2) > 0.6  # both are late: a larger tolerance shows the delay
-    plain, fresh = (replay(name, Kgt(tolerance=0.004)) for name in ("resnet-cosine", "resnet-cosine-reinit"))
+    plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
     assert plain.first(4) < 0.55 and fresh.first(4) > plain.first(4) + 0.1
     assert plain.first(6) < 0.55 and fresh.first(6) > plain.first(6) + 0.1
     assert 0.05 < fresh.frozen < plain.frozen
