@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from kgtrun.argv import UsageError, read
 from kgtrun.options import ALL, Option
@@ -62,11 +63,11 @@ def launch_command(argv: Sequence[str]) -> int:
         return 0
     from kgtrun.plan import describe, make_plan
 
-    plan = make_plan(request)
     if request.flag("dry_run"):
-        data = describe(plan)
+        data = describe(make_plan(request))
         print(json.dumps(data, indent=2) if request.flag("json") else "\n".join(_outline(data)))
         return 0
+    plan = make_plan(request, taken=_taken)
     logging.basicConfig(format="kgtrun: %(message)s", level=logging.WARNING)
     logging.getLogger("launcher").setLevel(logging.INFO)
     from kgtrun.live import progress_line
@@ -83,6 +84,15 @@ def launch_command(argv: Sequence[str]) -> int:
     if outcome.report():
         print(outcome.report(), file=sys.stderr)
     return outcome.exit_code
+
+
+def _taken(directory: Path) -> bool:
+    """Whether another launch has the directory; if not, this one has it from now on."""
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        return isinstance(error, FileExistsError)  # what else is wrong is told where the directory is used
+    return False
 
 
 def help_text() -> str:

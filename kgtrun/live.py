@@ -1,7 +1,7 @@
 """Shows progress while ranks run: a live line on a terminal (with rich), a plain line a minute otherwise.
 
-Output of ranks appears above the live line. Without heartbeats (a script without a DDP of ours), and once the ranks have
-ended, nothing is shown.
+Output of ranks appears above the live line; what goes to a file or a pipe stays out of it. Without heartbeats (a script
+without a DDP of ours), and once the ranks have ended, nothing is shown.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ def _live(words: Words) -> contextlib.AbstractContextManager | None:
     def line() -> Text:
         return Text(words() or "", style="dim", no_wrap=True, overflow="ellipsis")
 
-    console = Console(stderr=True)
-    return Live(console=console, get_renderable=line, refresh_per_second=_REFRESH_PER_S, transient=True)
+    # soft_wrap: a long line of a rank is the terminal's to break, not ours.
+    return Live(
+        console=Console(stderr=True, soft_wrap=True),
+        get_renderable=line,
+        refresh_per_second=_REFRESH_PER_S,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,10 @@ def number(request: Request, name: str, kind: type = int) -> Any:
 
 def log_directory(base: Path, job: RendezvousSpec, restarts: int = 0) -> Path:
     """Base of this launcher's log files. Nodes may share it over a network, and count their local ranks alike: in a job
-    of several nodes each launcher has a directory of its own. So has a job that was requeued (`restarts` times)."""
-    return base if job.max_nodes == 1 and not restarts else base / f"{socket.gethostname()}-{os.getpid()}"
+    of several nodes each launcher has a directory of its own. So has a job that was requeued (`restarts` times), and a
+    run in a directory that has logs: torch would delete them."""
+    alone = job.max_nodes == 1 and not restarts and not (base / "attempt_0").exists()
+    return base if alone else base / f"{socket.gethostname()}-{os.getpid()}"
 
 
 def byte_count(text: str) -> int:
@@ -161,10 +163,24 @@ def trainer_environment(request: Request, policy: str) -> dict[str, str]:
     return found
 
 
-def run_directory(request: Request, job: RendezvousSpec) -> Path:
-    """--run-dir, or runs/ID of a named job (its nodes then share it), or runs/TIME-PID."""
-    if request.text("run_dir"):
-        return Path(request.text("run_dir"))
+def run_directory(
+    request: Request,
+    job: RendezvousSpec,
+    place: Place | None,
+    environ: Mapping[str, str],
+    taken: Callable[[Path], bool] = Path.exists,
+) -> Path:
+    """--run-dir, or runs/ID of a named job (its nodes then share it), or runs/TIME-PID.
+
+    A rank that starts a launch of its own hands down its launch's run directory, which is not for that one. A batch
+    script may start several launches, one after the other or at once, and each has its own directory.
+    """
+    asked = request.text("run_dir")
+    inherited = names.LAUNCH_ID in environ and asked == environ.get(names.RUN_DIR)
+    if asked and not inherited:
+        if place is None or place.step is not None or place.restarts or "run_dir" in request.given:
+            return Path(asked)
+        return Path(f"{asked}-{os.getpid()}" if taken(Path(asked)) else asked)
     if "rdzv_id" in request.given and job.run_id == request.text("rdzv_id"):
         return Path("runs") / job.run_id.replace("/", "_")
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -184,8 +200,10 @@ def sidecars(count: int, environment: Mapping[str, str], place: Place | None) ->
     )
 
 
-def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> LaunchConfig:
-    """The whole launch.
+def make_plan(
+    request: Request, environ: Mapping[str, str] | None = None, *, taken: Callable[[Path], bool] = Path.exists
+) -> LaunchConfig:
+    """The whole launch. `taken`: whether a directory is another launch's; it may be made ours by the question.
 
     Raises:
         ValueError: an option has no usable value, or two exclude each other.
@@ -197,7 +215,7 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
     policy = request.text("policy") or DEFAULT_POLICY
     check_policy(policy)
     job = rendezvous(request)
-    run_dir = run_directory(request, job)
+    run_dir = run_directory(request, job, place, environ, taken)
     environment = trainer_environment(request, policy)
     references = number(request, "ref_per_node")
     if references is None:
@@ -241,8 +259,14 @@ def make_plan(request: Request, environ: Mapping[str, str] | None = None) -> Lau
         stop_when_hung=request.text("hang_action") == "stop",
         peer_timeout_s=number(request, "peer_timeout", float) or 0.0,
         granted_cores=place.cores if place else None,
-        batch=BatchJob(job=place.job, leader=place.task == 0) if place and request.text("requeue") == "auto" else None,
+        batch=_batch_job(place) if place and request.text("requeue") == "auto" else None,
     )
+
+
+def _batch_job(place: Place) -> BatchJob:
+    """As Slurm's commands name it. One task of an array has the number of the whole array, too: by that all its tasks
+    would be requeued."""
+    return BatchJob(job=place.array or place.job, leader=place.task == 0)
 
 
 def _number(flag: str, text: str, kind: type) -> Any:

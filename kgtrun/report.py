@@ -97,7 +97,7 @@ def _savings(events: list[Event]) -> str:
     ends = [e for e in events if e["kind"] == "trainer_end"]
     if not ends:
         return ""
-    end = min(ends, key=lambda e: e["index"])
+    end = min(reversed(ends), key=lambda e: e["index"])  # its last: counters go on through a checkpoint
     reduced, dropped = end["reduced_bytes"], end["dropped_bytes"]
     share = dropped / (reduced + dropped) if reduced + dropped else 0.0
     lines = [

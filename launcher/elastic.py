@@ -324,9 +324,11 @@ def run(agent: RankAgent, event_log_handler: str) -> RunResult | None:
         result = agent.run()
         events.record(agent.get_event_succeeded(), event_log_handler)
         return result
-    except SignalException:
+    except SignalException as error:
         close = False
         events.record(agent.get_event_failed(), event_log_handler)
+        if not isinstance(error, Stopped):  # from torch's handlers, which are in place until the ranks have started
+            raise StoppedInElastic(str(error), signal.Signals(error.sigval)) from error
         raise
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         close = False

@@ -10,7 +10,7 @@ A host that vanishes says nothing. So each node gives a sign of life once a seco
 stops for `timeout_s`, or the store cannot be reached any more (`launcher.links` bounds that wait), `lost` says so.
 
 All of it runs on a connection and in a thread of its own: the main thread may be ending ranks, or wait at torch's exit
-barrier, and is alive nevertheless.
+barrier, and is alive nevertheless. A stop signal that comes while the main thread waits here (`Stopped`) goes through.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from launcher.first_failure import HEAR_OUT_S
 from launcher.outcome import Failure
+from launcher.signals import Stopped
 
 LOOK_S = 1.0
 _LINGER_S = 3.0
@@ -100,6 +101,8 @@ class Peers:
         try:
             news = json.dumps([moment_s, failure and asdict(failure), self.lost])
             self._store.set(f"kgtrun/failure/{self._node}", news)
+        except Stopped:
+            raise
         except Exception:  # the store has gone, whatever torch calls that in this release
             return
         heard_out_s = HEAR_OUT_S if failure is not None and failure.reaction else 0.0
@@ -114,6 +117,8 @@ class Peers:
             return
         try:
             self._store.set(f"kgtrun/ended/{self._node}", "1")
+        except Stopped:
+            raise
         except Exception:  # as above
             return
         self._wait_for("ended", self._others, wait_s, unless=lambda: self.saw_failure)
@@ -192,6 +197,8 @@ class Peers:
             while missing and time.monotonic() < deadline and not (self._unreachable or self.lost or unless()):
                 missing -= {node for node in missing if self._store.check([f"kgtrun/{what}/{node}"])}
                 time.sleep(_POLL_S)
+        except Stopped:
+            raise
         except Exception:  # gone: nobody there to wait for
             return
 
@@ -205,6 +212,8 @@ class Peers:
                 if not self._store.check([key]):
                     continue
                 moment_s, fields, lost = json.loads(self._store.get(key))
+            except Stopped:
+                raise
             except Exception:  # as above
                 return found
             failure = Failure(**{**fields, "last_lines": tuple(fields["last_lines"])}) if fields else None

@@ -107,6 +107,11 @@ def send(pids: Iterable[int], signum: int) -> None:
             continue
 
 
+def _ask(pids: Iterable[int], signum: int) -> None:
+    send(pids, signum)
+    send(pids, signal.SIGCONT)
+
+
 def terminate(
     find: Callable[[], set[int]],
     *,
@@ -119,18 +124,25 @@ def terminate(
 ) -> set[int]:
     """End every process `find` returns: `signum` to `polite`, up to `grace_s`, then KILL until none is left.
 
+    A process that passes nothing on (a shell around the program) ends at once and leaves those that it started: they get
+    `signum` then, once, and the rest of the grace. Those of a process that was no more are not waited for.
+
     Stopped processes are continued, or they could not act on the polite signal. `find` is asked again and again,
     because a process may fork while it is being ended. `hurry` cuts the grace short; `between` runs at each poll
     (zombies to reap). Returns what could not be ended within `kill_wait_s`, normally nothing.
     """
-    polite = list(polite)
-    send(polite, signum)
-    send(polite, signal.SIGCONT)
+    asked = {pid for pid in polite if alive(pid)}
+    passed_on = not asked
+    _ask(asked, signum)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline and not hurry():
         between()
-        if not any(alive(pid) for pid in polite):
-            break
+        if not any(alive(pid) for pid in asked):
+            if passed_on:
+                break
+            passed_on, asked = True, find()
+            _ask(asked, signum)
+            continue
         time.sleep(_POLL_S)
     deadline = time.monotonic() + kill_wait_s
     while True:

@@ -23,7 +23,7 @@ from launcher.config import BatchJob
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75
-_COMMAND_TIMEOUT_S = 10.0
+COMMAND_TIMEOUT_S = 10.0
 _POLL_S = 1.0
 _NO_TIME = ("", "None", "Unknown", "N/A")
 
@@ -38,10 +38,10 @@ def scontrol(*words: str) -> str:
     """
     try:
         done = subprocess.run(
-            ["scontrol", *words], capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
+            ["scontrol", *words], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        raise OSError(f"scontrol {words[0]} took longer than {_COMMAND_TIMEOUT_S:g} s") from None
+        raise OSError(f"scontrol {words[0]} took longer than {COMMAND_TIMEOUT_S:g} s") from None
     if done.returncode:
         raise OSError((done.stderr or done.stdout).strip() or f"scontrol {words[0]} failed")
     return done.stdout

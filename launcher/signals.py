@@ -1,14 +1,16 @@
 """What the launcher does with signals.
 
 Stop signals: the first makes the main thread raise, so that the agent forwards it to the ranks and waits out the grace;
-the second hurries (the rest of the grace is dropped). User signals are forwarded to those ranks that have a handler for
-them: the default action of USR1 is death, and a rank that never heard of it must not die of it. `forwarded` is told how
-many there are, from the thread below.
+the second hurries (the rest of the grace is dropped). Once the launch is `concluding` its ranks have ended, and a first
+one changes nothing any more: Slurm sends one to the steps of a job that was requeued on our own request.
+
+User signals are forwarded to those ranks that have a handler for them: the default action of USR1 is death, and a rank
+that never heard of it must not die of it. `forwarded` is told how many there are, from the thread below.
 
 The main thread may sit in C++ for minutes (a store whose host has gone), where Python's handlers do not run. So a
 thread of its own reads the signal numbers from a wake-up socket: it forwards user signals, and calls `last_resort`
-when the main thread has not come back within the grace and `_SLACK_S`, or at once (`_HURRY_S`) after the second
-signal.
+when the main thread has not come back within the grace and `_SLACK_S` (of the conclusion: within what that may take), or
+at once (`_HURRY_S`) after the second signal.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class SignalDesk:
         self.received: list[signal.Signals] = []
         self._stop, self._forward = frozenset(stop), frozenset(forward) - frozenset(stop)
         self._targets, self._last_resort, self._grace_s = targets, last_resort, grace_s
+        self._concluded_by = 0.0
         self._closed = threading.Event()
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
@@ -79,6 +82,10 @@ class SignalDesk:
             signal.signal(signum, self._on_stop)
         for signum in self._forward:
             signal.signal(signum, lambda *_: None)
+
+    def concluding(self, bound_s: float) -> None:
+        """The ranks have ended: the main thread is not to be interrupted any more, and is not stuck for `bound_s`."""
+        self._concluded_by = time.monotonic() + bound_s
 
     def hurry(self) -> bool:
         """Whether the user has lost patience."""
@@ -96,12 +103,13 @@ class SignalDesk:
     def _on_stop(self, signum: int, _frame: object) -> None:
         first = not self.received
         self.received.append(signal.Signals(signum))
-        if first:
+        if first and not self._concluded_by:
             raise self.raises(f"received {signal.Signals(signum).name}", signal.Signals(signum))
 
     def _watch(self) -> None:
         first: signal.Signals | None = None
         deadline: float | None = None
+        hurried = False
         while not self._closed.is_set():
             self._reading.settimeout(None if deadline is None else max(0.01, deadline - time.monotonic()))
             try:
@@ -123,6 +131,9 @@ class SignalDesk:
                     wait_s = _HURRY_S if hurried else self._grace_s + _SLACK_S
                     deadline = min(deadline or float("inf"), time.monotonic() + wait_s)
             if first is not None and deadline is not None and time.monotonic() >= deadline:
+                if not hurried and time.monotonic() < self._concluded_by:
+                    deadline = self._concluded_by
+                    continue
                 self._last_resort(first)
                 return
 

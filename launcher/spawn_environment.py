@@ -51,7 +51,9 @@ class SpawnEnvironment:
     def of_rank(self, local_rank: int, its: Mapping[str, str]) -> dict[str, str]:
         """Added to what torch sets for one rank (`its`), just before it starts."""
         beats = self._runtime.heartbeat(local_rank)
-        beats.unlink(missing_ok=True)  # of the start before this one
+        error = self._runtime.error(local_rank, int(its["TORCHELASTIC_RESTART_COUNT"]))
+        for former in (beats, error):  # of the start before this one; a node that joins starts all again, uncounted
+            former.unlink(missing_ok=True)
         return {
             **self._config.ranks.environment,
             **self._common,
@@ -59,7 +61,7 @@ class SpawnEnvironment:
             names.RANK_ON_NODE: str(self._config.sidecars.first_rank + local_rank),
             names.HEARTBEAT: str(beats),
             names.STACK_FILE: str(self._runtime.stacks(local_rank)),
-            names.ERROR_FILE: str(self._runtime.error(local_rank, int(its["TORCHELASTIC_RESTART_COUNT"]))),
+            names.ERROR_FILE: str(error),
         }
 
     def of_sidecar(self, index: int) -> dict[str, str]:

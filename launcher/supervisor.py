@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from kgtrun.contract.events import EventWriter
 from kgtrun.contract.run_dir import RunDir
+from launcher import requeue
 from launcher.attempt import Attempt
 from launcher.belongings import Belongings
 from launcher.config import LaunchConfig
@@ -106,6 +107,7 @@ class Supervisor:
         except Stopped as stopped:
             outcome = self.verdict.signalled(self.attempt, stopped.sigval)
         finally:
+            self.desk.concluding(self._conclusion_s)
             self._end_everything()
             if outcome is not None:
                 outcome = self.leaving.conclude(outcome, self.peers, grace_s=self.config.shutdown_timeout_s)
@@ -116,6 +118,11 @@ class Supervisor:
             self.desk.close()
             self.belongings.dismiss_reaper()
         return outcome
+
+    @property
+    def _conclusion_s(self) -> float:
+        """How long the end may take from the ranks' end on: what they left, the references, the other nodes, Slurm."""
+        return 3 * self.config.shutdown_timeout_s + 3 * requeue.COMMAND_TIMEOUT_S
 
     def _run_ranks(self) -> Outcome:
         from launcher import elastic
@@ -138,6 +145,8 @@ class Supervisor:
             await_peers=self._await_peers,
             leaving=lambda: self.leaving.running(self.attempt),
         )
+        if self.config.rendezvous.node_rank == 0:  # what an earlier start of this run ended with is no end of this one
+            Path(self.run_dir.result).unlink(missing_ok=True)
         self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
         try:
             result = elastic.run(self.agent, self.config.event_log_handler)

@@ -110,6 +110,21 @@ def test_a_requeued_job_keeps_its_directory_and_does_not_write_over_its_logs():
     assert first.run_dir == again.run_dir and first.logs.directory != again.logs.directory
 
 
+def test_launches_of_one_batch_script_have_a_directory_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = plan("a.py", batch_script())
+    first.run_dir.mkdir(parents=True)
+    second = plan("b.py", batch_script())
+    assert second.run_dir.parent == first.run_dir.parent and second.run_dir != first.run_dir
+    assert second.run_dir.name.startswith("slurm-17.batch-")
+
+
+def test_of_an_array_only_the_task_that_was_warned_is_requeued():
+    """One task has the array's own number as its job: requeued by that, all tasks would start again."""
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert plan("t.py", step(**array)).batch.job == "17_3"
+
+
 def test_nothing_is_requeued_where_the_user_does_not_want_it():
     assert plan("--requeue never train.py", step()).batch is None
 

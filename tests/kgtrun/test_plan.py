@@ -132,3 +132,18 @@ def test_launchers_of_several_nodes_do_not_share_log_files():
     base = Path("logs")
     assert log_directory(base, RendezvousSpec()) == base
     assert log_directory(base, RendezvousSpec(min_nodes=2, max_nodes=2)).parent == base
+
+
+def test_logs_of_an_earlier_run_in_the_same_directory_are_left_alone(tmp_path):
+    from kgtrun.plan import log_directory
+    from launcher.config import RendezvousSpec
+
+    (tmp_path / "attempt_0").mkdir()  # torch deletes what it finds there
+    assert log_directory(tmp_path, RendezvousSpec()).parent == tmp_path
+
+
+def test_a_launch_inside_a_rank_does_not_write_into_the_run_it_is_part_of():
+    inside = {names.LAUNCH_ID: "1", names.RUN_DIR: "/runs/outer"}
+    assert str(plan("x.py", **inside).run_dir) != "/runs/outer"
+    assert str(plan("--run-dir mine x.py", **inside).run_dir) == "mine"
+    assert str(plan("x.py", **{names.RUN_DIR: "/runs/outer"}).run_dir) == "/runs/outer"

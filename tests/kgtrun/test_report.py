@@ -51,6 +51,15 @@ def test_a_report_says_what_froze_when_and_why_and_what_it_saved(tmp_path):
     assert "applying 1 masks: 4 ms" in text
 
 
+def test_a_run_that_was_started_again_is_told_by_its_last_end(tmp_path):
+    """Counters go on through the checkpoint."""
+    recorded(tmp_path)
+    writer = EventWriter.for_process(tmp_path, role="trainer", index=0)
+    writer.write("trainer_end", steps=250, reduced_bytes=1, dropped_bytes=3, saved_s_estimate=1.0, freezes=[1])
+    writer.close()
+    assert "over 250 steps" in report(tmp_path)
+
+
 def test_a_length_that_was_learned_is_told_with_its_source(tmp_path):
     recorded(tmp_path, total_steps=None)
     writer = EventWriter.for_process(tmp_path, role="trainer", index=0)

@@ -170,3 +170,26 @@ def test_members_of_a_launch_are_found_by_marker_session_and_descent():
         assert left == set()
         marked.wait(5)
         unmarked.wait(5)
+
+
+@pytest.mark.integration
+def test_a_wrapper_that_passes_no_signal_on_leaves_its_program_the_grace(tmp_path):
+    """A shell around the training program dies of TERM at once; the program must still get it, and save."""
+    from launcher.process_tree import members, terminate
+
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save); pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)"
+    )
+    wrapper = subprocess.Popen(
+        ["sh", "-c", f'"{sys.executable}" -c "$1" "$2"; true', "sh", program, str(tmp_path)], start_new_session=True
+    )
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = terminate(
+        lambda: members("", [wrapper.pid]), polite=[wrapper.pid], signum=15, grace_s=20, between=wrapper.poll
+    )
+    assert left == set() and (tmp_path / "saved").exists()
+    assert time.monotonic() < deadline, "the grace is not waited out when all have ended"

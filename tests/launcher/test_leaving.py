@@ -133,6 +133,6 @@ def test_scontrol_is_bounded_and_its_absence_is_an_error(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="Invalid job id"):
         requeue.scontrol("show", "job", "1")
     program.write_text("#!/bin/sh\n/bin/sleep 30\n")
-    monkeypatch.setattr(requeue, "_COMMAND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(requeue, "COMMAND_TIMEOUT_S", 0.2)
     with pytest.raises(OSError, match="took longer"):
         requeue.scontrol("show", "job", "1")

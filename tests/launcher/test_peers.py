@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import asdict, replace
 
@@ -9,6 +10,7 @@ import pytest
 from launcher import peers
 from launcher.outcome import Failure
 from launcher.peers import Peers
+from launcher.signals import Stopped
 
 
 class Store(dict):
@@ -135,3 +137,15 @@ def test_a_store_that_left_after_the_end_is_no_failure(meet):
     assert soon(node.failed)
     node.ended(wait_s=60)
     assert not node.others_failed
+
+
+def test_a_stop_signal_while_waiting_for_the_others_goes_through(meet, monkeypatch):
+    """It would end in "succeeded", with exit code 0 in place of the signal's."""
+    first, _ = meet(2)
+
+    def stop(_):
+        raise Stopped("received SIGTERM", signal.SIGTERM)
+
+    monkeypatch.setattr(peers.time, "sleep", stop)
+    with pytest.raises(Stopped):
+        first.ended(wait_s=30)
