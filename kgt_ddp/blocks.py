@@ -58,7 +58,7 @@ class Blocks:
     """
 
     def __init__(self, model: nn.Module, chosen: Sequence[str | nn.Module] | None = None) -> None:
-        self._model = model
+        self.model = model
         self._units = chosen_units(model, chosen) if chosen is not None else find_units(model)
         self._user_frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._was_training: dict[nn.Module, bool] = {}
@@ -92,7 +92,7 @@ class Blocks:
         inside = {id(m): index for index, (_, unit) in enumerate(units) for m in unit.modules()}
         seen: set[int] = set()
         # Owners are walked in order of definition; what matters is only which block each thing lands in.
-        for module_name, module in self._model.named_modules():
+        for module_name, module in self.model.named_modules():
             prefix = f"{module_name}." if module_name else ""
             home = inside.get(id(module), places.of_module(module, order))
             if home is not None:
@@ -120,7 +120,7 @@ class Blocks:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The partition by names, so that a resumed job needs no forward to learn it."""
-        names = {id(m): n for n, m in self._model.named_modules()}
+        names = {id(m): n for n, m in self.model.named_modules()}
         return [
             {
                 "name": block.name,
@@ -139,7 +139,7 @@ class Blocks:
         Raises:
             BlockError: it is that of another model.
         """
-        modules, parameters = dict(self._model.named_modules()), dict(self._model.named_parameters())
+        modules, parameters = dict(self.model.named_modules()), dict(self.model.named_parameters())
         saved = [n for entry in state for n in entry["parameters"]]
         if sorted(saved) != sorted(parameters) or any(n not in modules for entry in state for n in entry["modules"]):
             odd = sorted(set(saved) ^ set(parameters))
@@ -181,7 +181,14 @@ class Blocks:
 
     @property
     def max_frontier(self) -> int:
-        return max(len(self) - 1, 0)
+        """How many blocks may be frozen: something that the user has not frozen must be left to train."""
+        trains = [
+            block.shared.get(name, index)
+            for index, block in enumerate(self.blocks)
+            for name, p in block.parameters
+            if id(p) not in self._user_frozen
+        ]
+        return max(trains, default=0)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that do not train because of the frontier (not those that the user froze)."""
@@ -207,7 +214,7 @@ class Blocks:
     def buffers_between(self, start: int, stop: int) -> list[torch.Tensor]:
         """The buffers of blocks [start, stop)."""
         names = {name for block in self.blocks[start:stop] for name in block.buffers}
-        return [b for n, b in self._model.named_buffers() if n in names]
+        return [b for n, b in self.model.named_buffers() if n in names]
 
     def move_to(self, frontier: int) -> None:
         """Freeze or lift blocks so that the first `frontier` are frozen."""
@@ -238,10 +245,11 @@ class Blocks:
             if module.training:
                 module.training = False
 
-    def set_training(self, training: bool) -> None:
-        """The model's mode was set as a whole: lifted modules will return to it."""
+    def training_was_set(self) -> None:
+        """The model's mode was set as a whole: lifted modules return to what that made of them. (A model's own `train` may
+        keep some in eval mode.)"""
         for module in self._was_training:
-            self._was_training[module] = training
+            self._was_training[module] = module.training
 
 
 class _Timeline:

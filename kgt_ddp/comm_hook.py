@@ -12,7 +12,8 @@ traffic but no backward, and the optimizer must be kept from the frozen paramete
 
 Arithmetic is the reducer's own, in its order: multiply by 1/world, then sum. (`div_` would round differently from 3 ranks
 on.) The hook's Future is complete from the start, and the Works are waited for by a callback that the autograd engine runs
-at the end of the backward, ahead of the reducer's own: so reduction overlaps with the backward.
+at the end of the backward, ahead of the reducer's own: so reduction overlaps with the backward. A reentrant checkpoint runs
+a backward inside the backward, at whose end the reducer may do its own: so there all is waited for that is under way.
 
 No gloo thread may need the interpreter's lock: when the interpreter has ended meanwhile, the process aborts ("terminate
 called without an active exception"). So there is no `Future.then`, whose callback runs on such a thread, and each Work is
@@ -82,8 +83,10 @@ class FreezeHookState:
         "_absent_bytes",
         "_layouts",
         "_inner_buckets",
-        "_works",
+        "_under_way",
+        "_waited_for",
         "_backward",
+        "_complete",
     )
 
     def __init__(self, process_group: dist.ProcessGroup, blocks: Sequence[Sequence[torch.nn.Parameter]]) -> None:
@@ -96,8 +99,12 @@ class FreezeHookState:
         self.on_last_bucket: Callable[[], None] | None = None
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._inner_buckets: dict[int, tuple[int, ...]] = {}
-        self._works: list[dist.Work] = []
+        self._under_way: list[dist.Work] = []
+        self._waited_for: list[dist.Work] = []
+        """Of the backward under way and the one before it; see the module docstring."""
         self._backward = -1
+        self._complete = False
+        """The last bucket of a backward has come."""
         self.set_blocks(blocks)
 
     def set_blocks(self, blocks: Sequence[Sequence[torch.nn.Parameter]]) -> None:
@@ -132,20 +139,24 @@ class FreezeHookState:
 
     def wait_later(self, work: dist.Work) -> None:
         """Have `work` waited for before the reducer looks at the bucket."""
-        backward = torch_private.backward_id()
-        if backward != self._backward:  # also after a backward that raised, whose callback never ran
-            self._backward = backward
-            self._works = []
-        self._works.append(work)
+        if self._complete:
+            self._complete = False
+            self._waited_for = []
+        self._under_way.append(work)
         if not torch_private.inside_autograd_node():
-            work.wait()  # join's shadow of a backward, or the delayed reduction of static_graph: nothing runs later
-            del self._works[:-_KEPT_OUTSIDE]
-        elif len(self._works) == 1:
+            self._wait_all()  # join's shadow of a backward, or the delayed reduction of static_graph: nothing runs later
+            del self._waited_for[:-_KEPT_OUTSIDE]
+            return
+        backward = torch_private.backward_id()
+        if backward != self._backward:  # of nested ones each has an end of its own; and one that raised had none
+            self._backward = backward
             torch_private.at_end_of_backward(self._wait_all)
 
     def _wait_all(self) -> None:
-        for work in self._works:
+        for work in self._under_way:
             work.wait()
+        self._waited_for += self._under_way
+        self._under_way = []
 
     def renew_inner(self, index: int, parameters: Sequence[torch.Tensor]) -> None:
         """Give an inner hook fresh state for a bucket whose content changed.
@@ -209,8 +220,10 @@ def freeze_hook(state: FreezeHookState, bucket: dist.GradBucket) -> torch.future
         future = _reduce_all(state, bucket)
     else:
         future = _reduce_live_spans(state, bucket, layout)
-    if bucket.is_last() and state.on_last_bucket is not None:
-        state.on_last_bucket()
+    if bucket.is_last():
+        state._complete = True
+        if state.on_last_bucket is not None:
+            state.on_last_bucket()
     return future
 
 

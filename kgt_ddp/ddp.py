@@ -125,7 +125,7 @@ class FreezeAwareDDP(DistributedDataParallel):
     def train(self, mode: bool = True) -> FreezeAwareDDP:
         super().train(mode)
         if isinstance(self.freezing, Freezing):
-            self.freezing.set_training(mode)
+            self.freezing.training_was_set()
         return self
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
@@ -139,6 +139,11 @@ class FreezeAwareDDP(DistributedDataParallel):
         self.freezing.hook.inner = (hook, state)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
+        if isinstance(self.freezing, Freezing) and not kwargs.get("divide_by_initial_world_size", True):
+            raise ValueError(
+                "join(divide_by_initial_world_size=False) does not go together with freezing: gradients are divided by the "
+                "number of all ranks. Leave it out, or train with --off"
+            )
         hook = super().join_hook(**kwargs)
         return self.freezing.join_begins(hook) if isinstance(self.freezing, Freezing) else hook
 

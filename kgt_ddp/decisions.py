@@ -150,7 +150,7 @@ class Decisions:
             ],
         )
         if self._blocks.max_frontier == 0:
-            logger.warning("the model has a single block: nothing can be frozen")
+            logger.warning("a single block of the model trains: nothing can be frozen")
 
     def profile_backward(self) -> None:
         """Measure from now on what each block's backward costs, if a policy listens and may know times."""
@@ -220,6 +220,7 @@ class Decisions:
             apply_step=now.step + LAG - 1,
             total_steps=self._length.total_steps,
             num_blocks=len(self._blocks),
+            num_freezable=self._blocks.max_frontier,
             frontier=now.mask.frontier,
             learning_rate=learning_rate(now.optimizers),
             loss=self.loss.take(),

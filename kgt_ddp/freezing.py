@@ -34,7 +34,7 @@ from kgt_ddp.decisions import Boundary, Decisions
 from kgt_ddp.execution_order import ExecutionOrder, watch
 from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
-from kgt_ddp.optimizer_hooks import learning_rate
+from kgt_ddp.optimizer_hooks import learning_rate, living_optimizers
 from kgt_ddp.policies.policy import Policy
 from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
@@ -162,6 +162,7 @@ class Freezing:
         """
         shared = {
             "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
+            "reentrant_checkpoint": self._edge.reentrant,
             **self._decisions.state_dict(),
             "freezes": [dict(entry) for entry in self._applied],
             "reduced_bytes": list(self.hook.reduced_bytes),
@@ -211,6 +212,7 @@ class Freezing:
                 logger.warning("the checkpoint is from before the first step: training goes on with nothing frozen")
             return
         self.blocks.load_state_dict(shared["blocks"])
+        self._edge.reentrant = shared.get("reentrant_checkpoint", False)
         self.hook.set_blocks(self._block_parameters())
         self.hook.reduced_bytes = list(shared["reduced_bytes"])
         self.hook.dropped_bytes = list(shared["dropped_bytes"])
@@ -311,7 +313,10 @@ class Freezing:
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
             if state["frontier"]:
-                self._apply(Mask(state["frontier"], len(self.blocks), state["generation"]), resumed=True)
+                # None of them has made a step yet that would have shown it to us.
+                self._optimizers.update((one, None) for one in living_optimizers() if self._owns(one))
+                frontier = min(state["frontier"], self.blocks.max_frontier)
+                self._apply(Mask(frontier, len(self.blocks), state["generation"]), resumed=True)
         mask = self._decisions.boundary(
             Boundary(
                 step=self.clock.step,
@@ -345,9 +350,9 @@ class Freezing:
             dropped_bytes=sum(self.hook.dropped_bytes),
         )
 
-    def set_training(self, training: bool) -> None:
+    def training_was_set(self) -> None:
         """The wrapper's `train()` or `eval()` was called."""
-        self.blocks.set_training(training)
+        self.blocks.training_was_set()
         self.blocks.hold_eval()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ listener, and listeners are held weakly.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -42,6 +43,12 @@ def learning_rate(optimizers: Iterable[Optimizer]) -> float | None:
         for group in optimizer.param_groups:
             return float(group["lr"]) if "lr" in group else None
     return None
+
+
+def living_optimizers() -> list[Optimizer]:
+    """Every optimizer of this process, whether it has made a step or not."""
+    # type(), not isinstance(): that would ask proxies for their __class__, and wake them.
+    return [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
 
 
 def _before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -23,6 +23,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def unwrapped_name(name: str) -> str:
+    """The name that a module of `torch.compile`'s wrapper has in the model inside."""
+    return name.removeprefix("_orig_mod.")
+
+
 def find_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of each unit, in order of definition; a model without parts is one unit."""
     names = {id(m): n for n, m in model.named_modules()}

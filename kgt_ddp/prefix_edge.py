@@ -1,6 +1,6 @@
 """What happens at the edge between the frozen prefix and the first active block, where autograd needs help.
 
-Two cases, each switched on only where it occurs, because a hook on a block costs a compiled model a recompilation:
+Three cases, each switched on only where it occurs, because a hook on a block costs a compiled model a recompilation:
 
 - *Reentrant checkpointing.* `checkpoint(use_reentrant=True)` gives its parameters no gradient when none of its inputs
   requires one, which is just what the first active block meets behind a frozen prefix. Its inputs are marked
@@ -9,6 +9,8 @@ Two cases, each switched on only where it occurs, because a hook on a block cost
 - *A shared parameter in the prefix* (tied embeddings) still requires a gradient for its active use, and its use in front
   would draw the whole prefix into the backward. Inputs of frozen blocks are detached then, unless the model's own input
   requires a gradient.
+- *`nn.TransformerEncoder` with a padding mask.* It looks at its first layer alone to see whether it may run on nested
+  tensors, and then gives these to all; layers that train cannot take them. It is told not to while anything is frozen.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class PrefixEdge:
         self._frontier = 0
         self._passed = False
         self._handles: list[RemovableHandle] = []
+        self._nesting: list[nn.TransformerEncoder] = []
+        """Those that may use nested tensors while nothing is frozen."""
 
     @property
     def needed(self) -> bool:
@@ -46,10 +50,18 @@ class PrefixEdge:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = True
+        self._nesting = []
         self._frontier = blocks.frontier
         units = [block.unit for block in blocks.blocks[: blocks.frontier] if block.unit is not None]
         if not units:
             return
+        self._nesting = [
+            m for m in blocks.model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor
+        ]
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = False
         if self.reentrant:
             self._handles.append(units[-1].register_forward_hook(self._note_passed))
         if blocks.shared_in_prefix():

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from kgt_ddp.blocks import Blocks
+from kgt_ddp.blocks import Block, Blocks
+from kgt_ddp.partition import unwrapped_name
 from kgt_ddp.reference.client import ReferenceClient
 from kgt_ddp.reference.protocol import Score
 from kgt_ddp.reference.samples import sub_batch
@@ -44,6 +45,11 @@ Values = list[float | None]
 def score_lags(interval: int) -> tuple[int, int, int]:
     """Distances in steps for `PLASTICITY`. Snapshots are handed over every `interval` steps, so these are multiples."""
     return (2 * interval, 4 * interval, 8 * interval)
+
+
+def _name(block: Block) -> str:
+    """As the reference has it: it gets the model without `torch.compile`'s wrapper."""
+    return unwrapped_name(block.name)
 
 
 class Signals:
@@ -88,7 +94,7 @@ class Signals:
         if self.wants_reference and rank_on_node < references:
             self._client = ReferenceClient.from_environment(rank_on_node)
             if self._client is not None:
-                watched = [b.name for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
+                watched = [_name(b) for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
                 offered = self._client.offer_model(model, watched, lags=self._lags)
                 self._waits = longest_wait_s > 0 and offered
                 self._device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
@@ -110,8 +116,12 @@ class Signals:
     def retain_probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The inputs of a training forward: its first samples become the probe of all scores to come."""
         self.has_probe = True
-        if self._client is not None:
+        if self._client is None:
+            return
+        try:
             self._client.retain_probe(sub_batch(args, kwargs, PROBE_SAMPLES))
+        except Exception as error:  # a sparse tensor, a packed sequence, a type of the user's own: DDP takes them all
+            logger.warning("no scores, no new freezes: inputs cannot be kept (%s: %s)", type(error).__name__, error)
 
     def before_optimizer_step(self) -> None:
         """Gradients are final: add up their norms."""
@@ -135,7 +145,7 @@ class Signals:
                 values[name] = self._per_block(self._latest.get(lag), "values")
             values[FLOOR] = self._per_block(self._latest.get(self._lags[0]), "floors")
             self._latest = {}
-            frozen = [b.name for b in self._blocks.blocks[: self._blocks.frontier]]
+            frozen = [_name(b) for b in self._blocks.blocks[: self._blocks.frontier]]
             self._client.submit(step, generation, unchanged=frozen, lags=self._lags)
         return values
 
@@ -184,7 +194,7 @@ class Signals:
 
     def _per_block(self, score: Score | None, field: str) -> Values:
         per_name = getattr(score, field) if score is not None else {}
-        return [per_name.get(block.name) for block in self._blocks.blocks]
+        return [per_name.get(_name(block)) for block in self._blocks.blocks]
 
     def stats(self) -> dict[str, Any]:
         """What the connection did, as plain data; empty without one."""

@@ -49,6 +49,7 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if ddp.static_graph:
+        ddp.static_graph = False  # or torch takes the new reducer for one that has been told
         ddp._set_static_graph()
     for hook, state in ddp._comm_hooks:
         dist._register_comm_hook(ddp.reducer, state, hook)

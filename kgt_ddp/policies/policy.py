@@ -23,6 +23,8 @@ class Observation:
     """Optimizer steps of the whole job, if known."""
     num_blocks: int
     """Blocks of the model; the last one always trains."""
+    num_freezable: int | None = None
+    """Front blocks that may be frozen, if those are fewer than all but the last: the user may have frozen the end."""
     frontier: int
     """Blocks frozen now."""
     learning_rate: float | None = None
@@ -43,7 +45,7 @@ class Observation:
 
     @property
     def max_frontier(self) -> int:
-        return max(self.num_blocks - 1, 0)
+        return max(self.num_blocks - 1, 0) if self.num_freezable is None else self.num_freezable
 
 
 @dataclass(frozen=True, kw_only=True)

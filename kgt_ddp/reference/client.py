@@ -68,6 +68,10 @@ class Stats:
     """Seconds of the calling thread spent in `submit` and `poll`."""
 
 
+Stamp = tuple[int, int]
+"""Where a tensor lies, and torch's count of the writes to it."""
+
+
 @dataclass
 class _Offer:
     """What a reference is told about the model; kept, so that one started later can be told again."""
@@ -87,8 +91,9 @@ class _Online:
     connection: socket.socket
     free: list[int]
     in_flight: int = 0
-    settled: set[str] = field(default_factory=set)
-    """Tensors sent since the caller called them unchanged: they need not be sent again."""
+    settled: dict[str, Stamp] = field(default_factory=dict)
+    """Tensors sent since the caller called them unchanged, as they were then: they need not be sent again until somebody
+    writes to them."""
     probe_sent: bool = False
     leaving: tuple[dict[str, Any], list[int]] | None = None
     """A submit whose weights are still being copied off the device."""
@@ -266,7 +271,8 @@ class ReferenceClient:
         if samples is None and not online.probe_sent:
             samples = self._probe
         still = {name for name in tensors if _belongs(name, unchanged)}
-        present = [name for name in tensors if name not in online.settled or name not in still]
+        stamps = {name: _stamp(tensors[name]) for name in still}
+        present = [name for name in tensors if name not in still or online.settled.get(name) != stamps[name]]
         slot = online.free.pop()
         fds = _payloads(samples, similarities)
         online.leaving = ({}, fds)  # from here on the connection owns them, whatever fails
@@ -281,7 +287,7 @@ class ReferenceClient:
         }
         self._transfer.start({name: tensors[name] for name in present}, offer.slots[slot])
         self.stats.bytes_copied += sum(tensors[name].nbytes for name in present)
-        online.settled = still & (online.settled | set(present))
+        online.settled = stamps
         online.probe_sent = online.probe_sent or samples is not None
         online.leaving = (header, fds)
         self._send_leaving()
@@ -406,6 +412,10 @@ def _payloads(*values: Any) -> list[int]:
 
 def _belongs(name: str, blocks: Collection[str]) -> bool:
     return any(name == block or name.startswith(block + ".") for block in blocks)
+
+
+def _stamp(tensor: Tensor) -> Stamp:
+    return tensor.data_ptr(), tensor._version
 
 
 def _indices(present: Collection[str], tensors: Mapping[str, Tensor]) -> list[list[int]]:

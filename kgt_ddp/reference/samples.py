@@ -46,9 +46,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in tuples, lists and mappings, in order."""
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
 def num_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -75,6 +75,24 @@ def test_stopping_at_any_step_and_resuming_equals_never_stopping(run_ranks, worl
             assert outcome == ([], True, 0, True), f"stopped at {stop}"
 
 
+def reentrant(rank, world):
+    def make():
+        return SmallViT(checkpointing="reentrant")
+
+    whole, optimizer = fresh(make)
+    train(whole, optimizer, rank=rank, steps=range(8))
+    again, second = resumed(saved(whole, optimizer), make)
+    for ddp, own in ((whole, optimizer), (again, second)):
+        train(ddp, own, rank=rank, steps=range(8, 11))
+    without = [n for n, p in again.module.named_parameters() if p.requires_grad and p.grad is None]
+    return again.freezing.frontier, without, differing(weights(again), weights(whole))
+
+
+def test_blocks_in_reentrant_checkpoints_train_on_in_a_resumed_job(run_ranks):
+    for frontier, without, different in run_ranks(2, reentrant):
+        assert (frontier, without, different) == (1, [], [])
+
+
 def stop_in_mid_step(rank, world, stops):
     """Checkpoints between the two backwards of a step: the step is begun anew by the job that goes on."""
 

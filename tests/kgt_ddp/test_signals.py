@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
+from torch import nn
 
 from kgt_ddp.blocks import Blocks
+from kgt_ddp.partition import unwrap
+from kgt_ddp.reference.client import ReferenceClient
 from kgt_ddp.signals import Signals
 from kgtrun.contract.events import EventWriter, read_events
 from tests.kgt_ddp.networks import SmallResNet
@@ -55,3 +59,46 @@ def test_any_other_run_never_waits(collected):
     ((first, _), _), told = collected(0.0)
     assert set(first) == {None}
     assert told == []
+
+
+@pytest.fixture
+def signals(tmp_path, monkeypatch):
+    """Signals of a model whose reference is not there, and what it was offered."""
+    monkeypatch.setenv("KGTRUN_REFERENCE_DIR", str(tmp_path))
+    monkeypatch.setenv("KGTRUN_NUM_REFERENCES", "1")
+    offered = []
+    monkeypatch.setattr(
+        ReferenceClient, "offer_model", lambda _, model, watched, **__: offered.append((model, watched))
+    )
+    made = []
+
+    def make(model):
+        events = EventWriter.for_process(None, role="trainer", index=0)
+        options = {"interval": 3, "rank_on_node": 0, "longest_wait_s": 0.0, "events": events}
+        made.append(Signals(("plasticity",), Blocks(model, None), model, **options))
+        return made[-1], offered
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_the_reference_gets_the_names_inside_a_compiled_model(signals):
+    _, ((model, watched),) = signals(torch.compile(SmallResNet(), backend="eager"))
+    inside = dict(unwrap(model).named_modules())
+    assert watched and set(watched) <= set(inside)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.eye(4).to_sparse(),
+        nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)]),
+        torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(2, 2)]),
+    ],
+    ids=["sparse", "packed", "nested"],
+)
+def test_inputs_that_cannot_be_kept_do_not_end_training(signals, batch):
+    one, _ = signals(SmallResNet())
+    one.retain_probe((batch,), {})
+    assert one.has_probe, "it is not tried again at every step"

@@ -115,6 +115,20 @@ def test_blocks_that_do_not_change_are_left_out_once_they_have_arrived(client, t
     assert scores[0].values["0"] == 0.0 and scores[0].values["2"] > 0
 
 
+def test_a_frozen_block_that_is_written_to_is_sent_again(client, tools):
+    """Its score says so: that is how a policy learns of it."""
+    net = tools.small_net()
+    client.offer_model(net, ["0", "2"], lags=(1,))
+    client.retain_probe(Samples((torch.randn(6, 8),)))
+    for step in range(3):
+        scores = tools.exchange(client, step, unchanged=["0"] if step else [])
+    assert scores[0].values["0"] == 0.0
+    nudge(net[0])
+    scores = tools.exchange(client, 3, unchanged=["0"])
+    assert scores[0].values["0"] > 0.0 and scores[0].values["2"] > 0.0
+    assert tools.exchange(client, 4, unchanged=["0"])[0].values["0"] == 0.0
+
+
 def test_scores_of_an_older_generation_are_not_returned(client, tools):
     net = tools.small_net()
     client.offer_model(net, ["0"], lags=(1,))
