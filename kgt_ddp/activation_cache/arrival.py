@@ -3,8 +3,10 @@
 The training process may put any stand-in back at any time, by decoding it through the data set and the collate function: so
 a record that is gone, a frontier that has moved or a cache that gives up cost a decode here, and never a wrong input.
 
-The batch has to enter the model as the loader yielded it. Until ids are proven that is shown by a hash of its input;
-afterwards by the marks. A batch with stand-ins whose marks are gone has been changed on its way: `ChangedBatchError`.
+The batch has to enter the model as the loader yielded it, and nothing else until the next one. Until ids are proven that is
+shown by a hash of its input; afterwards by the marks. A batch with stand-ins whose marks are gone has been changed on its
+way: `ChangedBatchError`. So is, for all that can be told, any other batch that a script begins to give to the model by then:
+it might have been made of the stand-ins.
 """
 
 from __future__ import annotations
@@ -90,8 +92,9 @@ class Arrival:
             found = [(t, there) for t, there in rows if there and self.waiting.items() <= there.items()]
             if not found and self.waiting and strict:
                 raise ChangedBatchError(
-                    "the batch was changed between CachedLoader and the model, which must not happen with a CachedDataset: "
-                    "put the transform into the data set, or leave CachedDataset out"
+                    "the batch was changed between CachedLoader and the model, or the model is given another batch besides, "
+                    "which must not happen with a CachedDataset: put the transform into the data set, or leave "
+                    "CachedDataset out"
                 )
             if found:
                 self.leaves, self.entered = [t for t, _ in found], True

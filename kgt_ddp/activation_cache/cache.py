@@ -131,6 +131,7 @@ class ActivationCache:
             assert ddp is not None, "a cache does not outlive its wrapper"
             model = ddp.module
             assert isinstance(model, nn.Module)
+            self._writer.resume()
             self._session = Session(
                 model,
                 Prefix(model, self._blocks),
@@ -148,6 +149,8 @@ class ActivationCache:
         """Whether the records of the session's cut go on being used, now that the frontier is another one."""
         if session.prefix.cut > frontier or session.state in ("refused", "closed"):
             return False
+        if session.read_only:
+            return True  # nor could records of another cut be written there
         step, total_steps = self._progress()
         progress = Progress(
             epoch=self._repeats.epoch, num_samples=self._repeats.num_samples, step=step, total_steps=total_steps

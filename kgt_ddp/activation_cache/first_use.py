@@ -136,6 +136,8 @@ class _Check:
             raise ObjectionError(f"block {self._prefix.blocks[-1].name} is called {calls} times in a forward")
         value = self._outputs[self._unit][0]
         exact = Codec(value, self._batch, compact=False)
+        if self._batch.cut and not exact.by_token:
+            raise PaddingObjectionError("records of this block hold padding, which their keys would leave out")
         self._prefix_repeats(value)
         self._samples_are_independent(exact, value)
         skipped = self._both_ways(plain, exact, value)

@@ -182,13 +182,15 @@ class CacheFolder:
         return {file: size for _, file, size in sorted(found)}
 
     def _delete(self, path: Path) -> bool:
-        """Delete a cache file of ours unless somebody holds it."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        """Delete a cache file of ours unless somebody holds it, and give its room back: a forked worker may have it open as
+        long as it lives."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             if os.pread(fd, len(MAGIC), 0) != MAGIC:
                 return False
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
+            os.ftruncate(fd, 0)
             return True
         except BlockingIOError:
             return False

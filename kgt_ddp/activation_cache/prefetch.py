@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from kgt_ddp.activation_cache.key import KEY_BYTES, Batch
 from kgt_ddp.activation_cache.record import Codec, segments
@@ -102,7 +103,13 @@ class Prefetch:
             else:
                 return None
         if ahead.ready is not None:
-            torch.cuda.current_stream().wait_event(ahead.ready)
+            tensors = [t for t in tree_leaves(ahead.output) if isinstance(t, torch.Tensor)]
+            stream = torch.cuda.current_stream(tensors[0].device)
+            stream.wait_event(ahead.ready)
+            for (
+                tensor
+            ) in tensors:  # or its memory goes to the next batch that is read while the training still needs it
+                tensor.record_stream(stream)
         return ahead
 
     def drain(self, timeout_s: float = 5.0) -> bool:
@@ -159,11 +166,12 @@ class Prefetch:
         )
 
     def _to_device(self, codec: Codec, tensors: list[torch.Tensor], batch: Batch) -> tuple[Any, Any]:
-        if not codec.on_cuda:
+        device = codec.cuda_device
+        if device is None:
             return codec.output(tensors, batch), None
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        with torch.cuda.stream(self._stream):
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(self._stream):  # a thread begins on the first GPU
             output = codec.output(tensors, batch)
             ready = torch.cuda.Event()
             ready.record(self._stream)

@@ -4,10 +4,10 @@
 the modules that need not compute: the units of the blocks in front of the cut and, in front of them, the outermost strays (a
 stem, embeddings). The last unit is the *frontier unit*, whose output is cached.
 
-`digest` names everything that the output depends on besides the sample: weights and buffers, the block table, the modules'
-settings and source code, torch's version. `changed` tells cheaply whether weights were written since, by version counters
-and addresses (torch counts every write in place; what is written through `.data` escapes it, and the cache's spot checks
-are for that).
+`digest` names everything that the output depends on besides the sample: weights and buffers (those of modules around the
+blocks, too), the block table, the modules' settings and source code, torch's version. `changed` tells cheaply whether
+weights were written since, by version counters and addresses (torch counts every write in place; what is written through
+`.data` escapes it, and the cache's spot checks are for that).
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Prefix:
         wanted = {n for block in self.blocks for n, _ in block.parameters}
         buffers = {n for block in self.blocks for n in block.buffers}
         self._tensors: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in model.named_parameters() if n in wanted]
-        self._tensors += [(n, t) for n, t in model.named_buffers() if n in buffers]
+        elsewhere = {n for block in blocks.blocks for n in block.buffers}
+        # A buffer of a module around the blocks may be read in front of them as well as behind: nobody can tell.
+        self._tensors += [(n, t) for n, t in model.named_buffers() if n in buffers or n not in elsewhere]
         self._inside = [m for block in self.blocks for m in self._modules_of(block)]
         self._table = [(b.name, [n for n, _ in b.parameters], [names[id(m)] for m in b.modules]) for b in self.blocks]
         self._marks = self._versions()
@@ -106,8 +108,8 @@ class Prefix:
         for module in [self._model, *self._inside]:
             state.update(f"{type(module).__module__}.{type(module).__qualname__}".encode())
             state.update(_source(type(module)).encode())
-        for block in self.blocks:
-            state.update(repr(block.unit).encode())
+        for module in self._inside:
+            state.update(repr(module).encode())
         for name, tensor in self._tensors:
             state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1)

@@ -65,7 +65,12 @@ class Codec:
             for shape, stored in zip(self._shapes, self._stored, strict=True)
         ]
         self._shared: dict[tuple[bytes, tuple[int, ...]], list[torch.Tensor]] = {}
-        self._leaves = [leaf if type(leaf) in (bool, int, float, str) else None for leaf in leaves]
+        self._leaves = self._plain_values(leaves)
+        """Its plain values. They are in no record: an output with others is another kind of output."""
+
+    @staticmethod
+    def _plain_values(leaves: Sequence[Any]) -> list[Any]:
+        return [leaf if type(leaf) in (bool, int, float, str) else None for leaf in leaves]
 
     @property
     def by_token(self) -> bool:
@@ -73,8 +78,13 @@ class Codec:
         return all(self._by_token)
 
     @property
+    def cuda_device(self) -> torch.device | None:
+        """The GPU that the output is on, if it is on one."""
+        return next((device for device in self._devices if device.type == "cuda"), None)
+
+    @property
     def on_cuda(self) -> bool:
-        return any(device.type == "cuda" for device in self._devices)
+        return self.cuda_device is not None
 
     @property
     def has_shared(self) -> bool:
@@ -107,7 +117,7 @@ class Codec:
     def rows(self, output: Any, batch: Batch) -> Rows | None:
         """A copy of the samples' parts, as bytes on the CPU; None if this output is unlike the one learned from."""
         leaves, spec = tree_flatten(output)
-        if spec != self._spec:
+        if spec != self._spec or self._plain_values(leaves) != self._leaves:
             return None
         found = []
         for place, index in enumerate(self._row_leaves):
@@ -126,7 +136,9 @@ class Codec:
     def samples(self, output: Any, batch: Batch) -> list[list[torch.Tensor]] | None:
         """Each sample's part of every tensor, without padding, as views; None as for `rows`."""
         leaves, spec = tree_flatten(output)
-        if spec != self._spec or not all(_by_sample(leaves[i], batch) for i in self._row_leaves):
+        if spec != self._spec or self._plain_values(leaves) != self._leaves:
+            return None
+        if not all(_by_sample(leaves[i], batch) for i in self._row_leaves):
             return None
         return [
             [

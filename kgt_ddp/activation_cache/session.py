@@ -129,6 +129,11 @@ class Session:
             self.refused = self._ready.bypassed
             self.close()
 
+    @property
+    def read_only(self) -> bool:
+        """Whether there is a file, and it cannot be written."""
+        return self._ready is not None and self._ready.read_only
+
     def close(self, *, discard: bool = False) -> None:
         """Let go of the file; `discard` deletes it, unless another process holds it."""
         self._prefetch.forget()
@@ -209,7 +214,7 @@ class Session:
     def _weights_changed(self) -> None:
         self._changes += 1
         if self._changes > _MOST_CHANGES:
-            self.refused = "weights in the frozen prefix are written again and again"
+            self.refused = "weights or buffers that the frozen prefix may read are written again and again"
         self.close()
         self._route = None
 

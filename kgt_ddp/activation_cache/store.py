@@ -16,6 +16,8 @@ Errors: `get` never raises. `put` raises `OSError` (disk full, file-size limit, 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import struct
@@ -141,6 +143,8 @@ class Table:
         """Give the file back; it stays on the disk. Later calls find nothing and write nothing."""
         with self._writing:  # or a writer would go on into whatever file gets this descriptor next
             if self._fd >= 0:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked worker has the descriptor, too, and no use for it
                 os.close(self._fd)
                 self._fd = -1
 

@@ -2,7 +2,7 @@
 
 What would exceed the bound is dropped: a record not written is a miss later, no more. The thread starts with the first
 record and ends by itself after a second without work, so nothing has to be stopped for a process to end. The first
-failure (disk full, file too large, device error) ends writing with one line; reading goes on.
+failure (disk full, file too large, device error) ends writing with one line; reading goes on. `resume` tries again.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Writer:
                 threading.Thread(target=self._work, name="kgtrun-cache-writer", daemon=True).start()
             self._changed.notify_all()
         return True
+
+    def resume(self) -> None:
+        """Try again: another file is written from now on, and the one before has given its room back."""
+        with self._changed:
+            self.stopped, self._until_check = None, 0
 
     def drain(self, timeout_s: float = 10.0) -> bool:
         """Wait, at most so long, until all is written; whether it is."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kgt_ddp.activation_cache.prefix import Prefix
+from kgt_ddp.blocks import Blocks
+from kgt_ddp.execution_order import watch
 from tests.kgt_ddp.activation_cache.jobs import both, equal, farthest, job
 from tests.kgt_ddp.networks import (
     EncoderDecoder,
@@ -99,6 +103,83 @@ def test_texts_hit_whatever_they_are_padded_to(tmp_path):
         after = cached.cache.summary()
     assert after["full_batches"] - before["full_batches"] == 12
     assert after["misses"] == before["misses"]
+
+
+def test_texts_padded_to_just_the_models_width_are_not_given_records_with_padding(tmp_path):
+    """Then nothing tells tokens from features: records are of whole padded texts, and so must be their keys."""
+
+    def padded(chosen, length):
+        ids = nn.functional.pad(nn.utils.rnn.pad_sequence([TEXTS[i] for i in chosen], batch_first=True), (0, 20))[
+            :, :length
+        ]
+        return (), {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([0, 1, 0, 1])}
+
+    halves = (range(4), range(4, 8))
+    batches = [padded(half, 16) for half in halves]  # 16 is small_bert's width, too
+    with (
+        job(small_bert, batches[0], 2, tmp_path) as cached,
+        job(small_bert, batches[0], 2, tmp_path, mode="off") as off,
+    ):
+        for length in (16, 12):
+            some = [padded(half, length) for half in halves]
+            assert farthest(cached.epochs(some, 4), off.epochs(some, 4)) < 2e-5
+        assert cached.cache.summary()["full_batches"] > 0
+
+
+def test_records_that_are_wrong_are_found_in_batches_of_which_some_samples_are_known(tmp_path, monkeypatch):
+    """A data set larger than the budget has no full batches, or hardly any."""
+    monkeypatch.setattr("kgt_ddp.activation_cache.frontier_cache.SPOT_CHECK_EVERY", 3)
+    known = images(4)
+    new = torch.randn(8, 2, 1, 8, 8)
+    with job(SmallResNet, known[0], 2, tmp_path) as cached:
+        cached.epochs(known, 2)
+        for step in range(8):
+            if step == 2:  # the first batch has taught the shapes of its size
+                cached.model.stem[0].weight.data.mul_(1.5)  # past torch's notice
+            cached.step(((torch.cat([known[step % 4][0][0], new[step]]),), {}))
+        assert "is not what the block computes" in str(cached.cache.refused)
+
+
+def test_a_cut_whose_file_can_only_be_read_stays(tmp_path):
+    """Nothing could be written for another one."""
+    with job(SmallResNet, images()[0], 2, tmp_path) as cached:
+        session = SimpleNamespace(prefix=SimpleNamespace(cut=2), state="open", read_only=True)
+        assert cached.cache._stays(session, 3)
+        assert not cached.cache._stays(session, 1)
+
+
+class Centred(SmallResNet):
+    """Its own buffer is read in front of the first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
+
+def prefix_of(change=lambda model: None):
+    torch.manual_seed(0)
+    model = Centred()
+    change(model)
+    blocks = Blocks(model)
+    with watch(model) as order:
+        model(images()[0][0][0])
+    blocks.order_by(order)
+    blocks.move_to(2)
+    return model, Prefix(model, blocks)
+
+
+def test_buffers_around_the_blocks_and_settings_of_every_module_are_part_of_what_records_depend_on():
+    model, plain = prefix_of()
+    assert prefix_of()[1].digest() == plain.digest()
+    assert prefix_of(lambda m: m.mean.fill_(3.0))[1].digest() != plain.digest()
+    assert prefix_of(lambda m: setattr(m.blocks[0].conv, "padding_mode", "reflect"))[1].digest() != plain.digest()
+    assert prefix_of(lambda m: setattr(m.stem[0], "padding_mode", "reflect"))[1].digest() != plain.digest()
+    assert not plain.changed()
+    model.mean.fill_(3.0)
+    assert plain.changed()
 
 
 def test_compact_records_stay_within_bfloat16s_error(tmp_path):

@@ -79,6 +79,15 @@ def test_records_keep_every_dtype_and_what_samples_share():
     assert torch.equal(again[3], output[3])
 
 
+def test_an_output_with_other_plain_values_is_another_kind_of_output():
+    """A Swin stage returns height and width beside its tokens: equally many tokens may be those of another shape."""
+    batch = Keys().batch((torch.zeros(4, 3),), {})
+    tokens = torch.randn(4, 128, 2)
+    codec = Codec((tokens, 8, 16), batch, compact=False)
+    assert codec.rows((tokens, 8, 16), batch) is not None and codec.samples((tokens, 8, 16), batch) is not None
+    assert codec.rows((tokens, 16, 8), batch) is None and codec.samples((tokens, 16, 8), batch) is None
+
+
 def test_compact_records_are_half_as_long_and_rounded_once():
     batch = Keys().batch((torch.zeros(4, 3),), {})
     output = torch.randn(4, 64)

@@ -222,6 +222,32 @@ def test_the_budget_holds_and_unused_files_go_first(folder, opened):
     assert sum(f.stat().st_blocks * 512 for f in folder.path.iterdir()) <= BUDGET + (1 << 20)
 
 
+def test_a_forked_worker_holds_neither_the_file_nor_its_room(folder, opened):
+    """A DataLoader's workers are forked with every descriptor there is, and may live as long as the job."""
+    old, _ = opened("01" * 16, slot_bytes=100_000)
+    for i in range(40):
+        put(old, i, 90_000)
+    awake, asleep = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(asleep)
+        os.read(awake, 1)
+        os._exit(0)
+    try:
+        inode = os.dup(old._fd)
+        old.close()
+        folder.discard("01" * 16)
+        assert not path_of(folder, "01" * 16).exists()
+        assert os.fstat(inode).st_blocks == 0
+        os.close(inode)
+        new, _ = opened("02" * 16)
+        assert new.capacity_bytes > BUDGET * 0.9
+    finally:
+        os.close(asleep)
+        os.close(awake)
+        os.waitpid(worker, 0)
+
+
 def test_deleting_room_spares_files_that_are_not_ours(folder, opened):
     folder.path.mkdir()
     foreign = folder.path / f"thesis{SUFFIX}"
@@ -255,6 +281,17 @@ def test_a_full_disk_ends_writing_with_one_line(opened, monkeypatch, caplog):
     assert writer.drain()
     assert caplog.text.count("nothing more is written") == 1
     assert [read(table, i) is not None for i in range(9)] == [True] * 3 + [False] * 6
+
+
+def test_writing_goes_on_when_it_is_resumed(opened):
+    table, _ = opened()
+    room = [False]
+    writer = Writer(lambda: room[0])
+    one = [(key(1), [memoryview(record(1))])]
+    assert writer.add(table, one) and writer.drain() and not writer.add(table, one)
+    room[0] = True
+    writer.resume()
+    assert writer.add(table, one) and writer.drain() and read(table, 1) is not None
 
 
 def test_a_file_size_limit_is_no_crash(opened):
