@@ -47,10 +47,10 @@ def test_the_final_test_is_not_in_the_clock_and_its_quality_is_the_final_one() -
     found = course(tested)
     assert found.seconds == [105.0, 200.0, 275.0]
     assert found.cpu_s[-1] == 20.0 + 3 * 191.0 - 30.0
-    assert found.quality[-1] == pytest.approx(91.0)
+    assert found.quality[-1] == pytest.approx(89.0), "of the last epoch the whole test set counts"
     compared_with_itself = compare(tested, tested)
     assert compared_with_itself["final_quality"] == pytest.approx(89.0)
-    assert compared_with_itself["target"] == pytest.approx(90.7)
+    assert compared_with_itself["target"] == pytest.approx(88.7)
 
 
 def test_turns_that_do_not_fit_the_epochs_are_refused() -> None:
