@@ -47,7 +47,7 @@ def run_two_ranks(script: str, store: Path, what: str) -> None:
 
 
 def test_interpreters_end_without_an_abort(tmp_path):
-    for run in range(int(os.environ.get("KGT_EXIT_RUNS", "3"))):
+    for run in range(int(os.environ.get("KGT_EXIT_RUNS", "2"))):
         run_two_ranks(SCRIPT, tmp_path / f"store{run}", f"run {run}")
 
 
@@ -72,5 +72,5 @@ NOT_LOOKED_AFTER = "import kgt_ddp.gloo_exit\nkgt_ddp.gloo_exit._registered = Tr
 def test_a_collective_of_the_users_just_before_the_end_does_not_abort(tmp_path):
     """Without our exit handler a run may abort here (one of seven did); `KGT_EXIT_UNSAFE=1` shows it."""
     unsafe = NOT_LOOKED_AFTER if os.environ.get("KGT_EXIT_UNSAFE") else ""
-    for run in range(int(os.environ.get("KGT_EXIT_RUNS", "2"))):
+    for run in range(int(os.environ.get("KGT_EXIT_RUNS", "1"))):
         run_two_ranks(unsafe + SCRIPT + SLOW_TO_PUT_AWAY, tmp_path / f"store{run}", f"run {run}")
