@@ -53,6 +53,9 @@ class Blocks:
         model: what DDP wraps (not the wrapper).
         chosen: units named by the user, as modules or qualified names; None to find them.
 
+    Attributes:
+        model: as given.
+
     Raises:
         BlockError: `chosen` does not fit the model.
     """
