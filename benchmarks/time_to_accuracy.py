@@ -12,8 +12,9 @@ All policies of one workload and seed are started together and take turns, an ep
 of the machine falls on all. What is measured, how and against what, is in `benchmarks.accuracy_summary`.
 
 A full run takes hours. Each finished run is a line in `runs/time_to_accuracy/runs.jsonl`; starting again goes on with what
-is missing, as long as the sizes are the same. What was stopped in mid-run starts over, without the plain run if that has
-ended before; the results say so (`same_turns_as_plain`). While there is a file `hold` beside it, no turn begins: the
+is missing, as long as the sizes are the same. What was stopped in mid-run starts over. If the plain run has ended before, a
+plain job takes two epochs' turns among the others, so that its time is known at this hour and on this machine; the results
+say so (`plain_clock`). While there is a file `hold` beside it, no turn begins: the
 machine is free for something else, and no run's time is spoiled.
 
 Results of the full sizes go to `benchmarks/results/`, also into `summary.json`, and the finished runs go there, too: a
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import epoch_gate, plots
-from benchmarks.accuracy_summary import PLAIN, Record, by_policy, compared, summary
+from benchmarks.accuracy_summary import PACE_EPOCHS, PLAIN, Record, by_policy, compared, summary
 from benchmarks.harness import RESULTS, Figures, order_of_round, parser
 from benchmarks.machine import ROOT, commit
 from benchmarks.turns import Job, JobFailed
@@ -47,6 +48,8 @@ KEPT_RUNS = RESULTS / "time_to_accuracy_runs.jsonl"
 POLICIES = (PLAIN, "linear", "gradnorm", "kgt-paper", "kgt")
 QUICK_POLICIES = (PLAIN, "linear")
 CACHE = "+cache"
+PACE = "pace"
+"""Name of the plain job that runs for `PACE_EPOCHS` epochs where the whole plain run is from another heat."""
 KEPT_VARIABLES = ("KGTRUN_FASHION_MNIST_DIR", "KGTRUN_LANGUAGE_DIR")
 
 
@@ -99,7 +102,7 @@ def command(policy: str, chosen: Mapping[str, Any], seed: int, *, folder: Path, 
     for option, value in chosen["options"].items():
         script += [f"--{option}", str(value)]
     script += ["--json-out", str(folder / f"{name}.json")]
-    if policy == PLAIN:
+    if policy in (PLAIN, PACE):
         return [sys.executable, "-m", "torch.distributed.run", *launch, *script, "--stock-ddp"]
     ours = ["--policy", policy.removesuffix(CACHE), "--cache", "auto" if policy.endswith(CACHE) else "off"]
     ours += ["--hang-timeout", "0", "--run-dir", str(folder / name)]  # stopped is not hung
@@ -124,6 +127,8 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
         What failed, as messages: a run that fails leaves the others going.
     """
     failures: list[str] = []
+    if PLAIN not in policies:
+        policies = [PACE, *policies]
     heat = f"{workload}-{seed}-{os.getpid()}-{'_'.join(policies)}"
     names = {policy: run_name(workload, policy, seed) for policy in policies}
     with ExitStack() as stack:
@@ -139,9 +144,11 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
                     turn_timeout_s=chosen["turn_timeout_s"],
                 )
             )
-        turn_number = 0
-        while jobs:
+        turn_number, pace = 0, jobs.get(PACE)
+        while set(jobs) - {PACE}:
             for policy in order_of_round(list(jobs), turn_number):
+                if policy == PACE and turn_number not in _pace_rounds(chosen["options"]["epochs"]):
+                    continue
                 while (folder / "hold").exists():
                     time.sleep(1)
                 job = jobs[policy]
@@ -163,6 +170,11 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
                         {
                             **{"workload": workload, "policy": policy, "seed": seed, "heat": heat},
                             **{"settings": dict(chosen), "commit": commit()},
+                            **(
+                                {"pace": [asdict(t) for t in pace.turns]}
+                                if pace and len(pace.turns) > PACE_EPOCHS
+                                else {}
+                            ),
                             **{"turns": [asdict(t) for t in job.turns], "result": result},
                         },
                     )
@@ -236,6 +248,11 @@ def parse_policies(text: str) -> list[str]:
         else:
             found.append(part)
     return found
+
+
+def _pace_rounds(epochs: int) -> tuple[int, ...]:
+    """Rounds in which the pace has a turn: its start, and epochs spread over the heat, the first where others begin, too."""
+    return (0, *(1 + i * epochs // PACE_EPOCHS for i in range(PACE_EPOCHS)))
 
 
 def _add(path: Path, record: Record) -> None:

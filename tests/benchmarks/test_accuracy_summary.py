@@ -88,7 +88,26 @@ def test_a_run_is_compared_with_plain_of_its_seed() -> None:
     assert found["time_to_target_ratio"] == pytest.approx(295 / 205)
     assert found["time_to_target_ratio_with_validation"] == pytest.approx(310 / 220)
     assert found["whole_job_ratio"] == pytest.approx(295 / 205)
-    assert not found["same_turns_as_plain"]
+    assert found["plain_clock"] == "other turns"
+    assert compare(faster, plain | {"heat": "b"})["plain_clock"] == "same turns"
+
+
+def test_the_clocks_of_a_plain_run_of_another_heat_go_by_the_pace_taken_in_this_one() -> None:
+    plain = record(walls=(10.0, 100.0, 100.0, 400.0, 5.0))
+    slower_machine = record("kgt", walls=(15.0, 150.0, 90.0, 75.0, 7.0), heat="b") | {
+        "pace": [
+            {"place": "start", "wall_s": 99.0, "cpu_s": 99.0},
+            {"place": "0", "wall_s": 140.0, "cpu_s": 210.0},
+            {"place": "1", "wall_s": 160.0, "cpu_s": 190.0},
+        ]
+    }
+    found = compare(slower_machine, plain)
+    assert found["plain_clock"] == "paced"
+    whole = 10.0 + 100.0 + 100.0 + 400.0
+    assert found["whole_job_ratio"] == pytest.approx(1.5 * (whole - 15.0) / (330.0 - 15.0))
+    assert found["time_to_target_ratio_with_validation"] == pytest.approx(1.5 * whole / 330.0)
+    assert found["cpu_to_target_ratio"] == pytest.approx(1.0 * (2 * whole - 27.0) / (2 * 330.0 - 27.0))
+    assert found["plain_quality"] == pytest.approx(91.0)
 
 
 def test_the_summary_has_the_agreed_keys_and_no_ratio_where_a_seed_missed_the_target() -> None:

@@ -103,6 +103,7 @@ class FakeJob:
     """Three turns; the policy named in the log's name as broken fails in the second."""
 
     order: list[str] = []
+    places: tuple[str, ...] = ("start", "0", "exit")
 
     def __init__(self, command: Any, *, log: Path, **_: Any) -> None:
         self.name, self.log, self.turns, self.ended = log.stem, log, [], False
@@ -111,9 +112,8 @@ class FakeJob:
         if "static" in self.name and len(self.turns) == 1:
             raise JobFailed(f"{self.name} ended with exit code 1")
         self.order.append(self.name)
-        places = ("start", "0", "exit")
-        self.turns.append(Turn(place=places[len(self.turns)], wall_s=1.0, cpu_s=2.0, reference_cpu_s=0.0))
-        self.ended = len(self.turns) == len(places)
+        self.turns.append(Turn(place=self.places[len(self.turns)], wall_s=1.0, cpu_s=2.0, reference_cpu_s=0.0))
+        self.ended = len(self.turns) == len(self.places)
         if self.ended:
             self.log.with_suffix(".json").write_text("{}")
         return self.turns[-1]
@@ -138,3 +138,18 @@ def test_a_run_that_fails_leaves_the_others_going(tmp_path: Path, monkeypatch: p
     assert [policy for _, policy, _ in found] == ["none", "kgt"]
     plain, broken, kgt = (time_to_accuracy.run_name("vision", policy, 0) for policy in policies)
     assert FakeJob.order == [plain, broken, kgt, kgt, plain, plain, kgt]
+
+
+def test_where_plain_is_from_another_heat_a_plain_job_takes_two_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_to_accuracy, "Job", FakeJob)
+    monkeypatch.setattr(FakeJob, "order", [])
+    monkeypatch.setattr(FakeJob, "places", ("start", *map(str, range(10)), "exit"))
+    assert time_to_accuracy.run_heat("vision", ["kgt"], 0, FULL["vision"], tmp_path) == []
+    pace, kgt = (time_to_accuracy.run_name("vision", policy, 0) for policy in ("pace", "kgt"))
+    assert [i for i, name in enumerate(FakeJob.order) if name == pace] == [0, 3, 8]
+    assert FakeJob.order.count(kgt) == 12
+    (record,) = finished_runs(tmp_path / "runs.jsonl", FULL).values()
+    assert [turn["place"] for turn in record["pace"]] == ["start", "0", "1"]
+    assert line("pace")[5:] == line("none")[5:], "all but the port"
