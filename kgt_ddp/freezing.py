@@ -44,7 +44,7 @@ from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class Freezing:

@@ -9,6 +9,8 @@ cut behind it. S(d) is the plasticity between two versions d steps apart, a squa
     to come   level × (horizon / 4L) ^ exponent: what the steps that are left would still change, if it were not frozen
     past      the sum of S(4L) over the run, one term every 4L steps, outliers cut: what has changed so far
     peak      the highest level so far
+    usual     the median of the past's terms: the level at which it mostly moved, once a plunge at the start is the
+              smaller part of them
 
 Only visible evaluations (`scores`) are reckoned with. A block that had calmed down, and whose score is suddenly far above
 all of its window and the highest of the run, is no longer the one it was (fresh weights, for instance): its history
@@ -28,8 +30,10 @@ from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
 CALM: Final = 0.25
 JUMP: Final = 3.0
 DECLINE: Final = 0.25
+CALMED: Final = 0.5
 MIN_SEEN: Final = 5
 MIN_TERMS: Final = 3
+MIN_USUAL: Final = 8
 MAX_TERMS: Final = 63
 """One more, and neighbours are added up in pairs, and terms come half as often: a long run keeps a short list."""
 OUTLIER: Final = 30.0
@@ -48,6 +52,8 @@ class Outlook:
     to_come: float
     declined: bool
     """Three of four scores of the window are under `DECLINE` times the peak."""
+    calmed: bool
+    """Three of four scores of the window are under `CALMED` times the usual level."""
 
 
 @dataclass(kw_only=True)
@@ -131,8 +137,13 @@ class CutHistory:
         growth = statistics.median(far / near for _, near, far in self.recent)
         exponent = min(max(math.log2(growth) / 2, 0.0), 2.0)
         to_come = level * (horizon / span) ** exponent if math.isfinite(horizon) else math.inf
-        declined = upper < DECLINE * self.peak
-        return Outlook(level=level, exponent=exponent, to_come=to_come, declined=declined)
+        return Outlook(
+            level=level,
+            exponent=exponent,
+            to_come=to_come,
+            declined=upper < DECLINE * self.peak,
+            calmed=len(self.terms) >= MIN_USUAL and upper < CALMED * statistics.median(self.terms) / self.stride,
+        )
 
     def _count(self, step: int, far: float, span: int) -> None:
         """Add a term to the past, if it is time to."""

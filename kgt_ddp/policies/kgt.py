@@ -5,12 +5,16 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 `cut_history` makes of them what is still to come of each cut and what is past. A cut is still when
 
     to come < tolerance × the deepest block's past    and    it has declined from its own peak
+    and    it has calmed down from its usual level, or little of the training is left
 
 for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is
 relative, to how far the network as a whole has travelled and to the block's own history, so that precision, samples,
 schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by itself is up to
 `FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The last fifth of
 the blocks always trains.
+
+A block that jitters under a high learning rate is at rest for that rate only: it moves on, inwards, as the rate falls.
+Little of the training is left when what the learning rate still has to give is under `LATE` times what it has given.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -41,6 +45,10 @@ WINDOW: Final = 0.16
 PATIENCE: Final = 4
 LONG_PATIENCE: Final = 24
 """Where the learning rate is not falling, or nobody knows it: nothing but time tells an end from a lull there."""
+LATE: Final = 0.25
+"""The sum of the rates of all steps to come over that of the steps so far. Under a cosine that is at 0.53 of the job, under
+a linear decay at 0.61. Branches of one training lost 0.25 points where blocks were frozen from 0.3 of the job on, and nothing
+where they were frozen from 0.45 or 0.6 on, though many more at a time (docs/policy.md)."""
 FRONT: Final = 4.0
 MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
@@ -103,12 +111,13 @@ class Kgt:
         horizon = self._rate.horizon(steps_to_come(observation))
         outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
         shares = _shares(outlooks, next((c.past() for c in reversed(self._cuts) if c.has_past), None))
-        self._count_still(seen, shares, outlooks)
+        ahead = horizon / spent if (spent := self._rate.spent(observation.step)) else math.inf
+        self._count_still(seen, shares, outlooks, late=ahead < LATE)
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
             self._pulse = next(((b, o.level) for b, o in reversed([*enumerate(outlooks)]) if o), None)
-        return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon))
+        return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon, ahead))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -136,12 +145,14 @@ class Kgt:
         for cut in self._cuts:
             cut.pace_changed(step, span)
 
-    def _count_still(self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None]) -> None:
+    def _count_still(
+        self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None], *, late: bool
+    ) -> None:
         for cut, visible_now, share, outlook in zip(self._cuts, seen, shares, outlooks, strict=True):
             if share is None or outlook is None:
                 cut.num_still = 0
             elif visible_now:
-                still = share < self.tolerance and outlook.declined
+                still = share < self.tolerance and outlook.declined and (outlook.calmed or late)
                 cut.num_still = cut.num_still + 1 if still else 0
 
     def _target(
@@ -201,11 +212,14 @@ class Kgt:
             return None
         return f"block {block}, the deepest, moves {now.level / level:.0f} times more than at the freeze"
 
-    def _numbers(self, outlooks: list[Outlook | None], shares: list[float | None], horizon: float) -> dict[str, Any]:
+    def _numbers(
+        self, outlooks: list[Outlook | None], shares: list[float | None], horizon: float, ahead: float
+    ) -> dict[str, Any]:
         if not any(outlooks):
             return {}
         return {
             "horizon_steps": round(horizon) if math.isfinite(horizon) else None,
+            "ahead": round(ahead, 2) if math.isfinite(ahead) else None,
             "share": [None if s is None or math.isinf(s) else float(f"{s:.2g}") for s in shares],
             "level": [o and float(f"{o.level:.2g}") for o in outlooks],
             "exponent": [o and round(o.exponent, 1) for o in outlooks],

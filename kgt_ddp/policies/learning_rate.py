@@ -43,6 +43,8 @@ class RateWatch:
     restarts: bool = False
     square_steps: float = 0.0
     """Sum over the run of rate² × steps."""
+    rate_steps: float = 0.0
+    """Sum over the run of rate × steps."""
 
     def note(self, step: int, rate: float | None) -> Event | None:
         """Take in the rate at a decision; what happened, if anything. An unknown rate is nothing."""
@@ -50,7 +52,9 @@ class RateWatch:
             return None
         event = self._event(rate)
         if self.recent:
-            self.square_steps += self.recent[-1][1] ** 2 * (step - self.recent[-1][0])
+            since, before = step - self.recent[-1][0], self.recent[-1][1]
+            self.square_steps += before**2 * since
+            self.rate_steps += before * since
         if event == "rise" and self.peak > 0 and self.peak >= RISE * self.low:
             self.restarts = True
         if event is not None:
@@ -82,6 +86,13 @@ class RateWatch:
             return 0.0
         return -math.expm1(-decay * steps) / decay if decay > 0 else float(steps)
 
+    def spent(self, step: int) -> float:
+        """How many steps at the present rate would have moved the weights as far as the `step` steps so far did."""
+        if not self.recent:
+            return float(step)
+        now = self.recent[-1][1]
+        return self.rate_steps / now if now > 0 else math.inf
+
     def state_dict(self) -> dict[str, Any]:
         return {**asdict(self), "recent": [list(pair) for pair in self.recent], "low": _or_none(self.low)}
 
@@ -90,6 +101,7 @@ class RateWatch:
         self.low = math.inf if state["low"] is None else state["low"]
         self.high, self.peak = state["high"], state["peak"]
         self.restarts, self.square_steps = state["restarts"], state["square_steps"]
+        self.rate_steps = state["rate_steps"]
 
     def _decay(self) -> float:
         """Share of the rate that is lost a step, lately; infinite where nothing is left of it."""

@@ -59,6 +59,14 @@ def test_a_decline_is_one_of_most_of_the_window():
     assert history([1e-4] * 20 + [1e-6] * 11).outlook(0, SPAN).declined
 
 
+def test_calm_is_judged_by_the_usual_level_and_a_plunge_at_the_start_is_not_usual():
+    plunge = [1e-2] * 8 + [1e-3] * 8
+    assert not history(plunge + [1e-5] * 60).outlook(0, SPAN).calmed
+    assert history(plunge + [1e-5] * 60).outlook(0, SPAN).declined
+    assert not history(plunge + [1e-5] * 60 + [6e-6] * 20).outlook(0, SPAN).calmed
+    assert history(plunge + [1e-5] * 60 + [4e-6] * 20).outlook(0, SPAN).calmed
+
+
 @pytest.mark.parametrize(
     "bad",
     [

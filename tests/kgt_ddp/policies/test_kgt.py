@@ -70,9 +70,34 @@ def test_blocks_are_frozen_from_the_front_as_they_settle():
 def test_every_decision_carries_its_numbers():
     found = run(settling())
     numbers = found[first(found, 1)].numbers
-    assert set(numbers) == {"horizon_steps", "share", "level", "exponent", "still"}
+    assert set(numbers) == {"horizon_steps", "ahead", "share", "level", "exponent", "still"}
     assert numbers["share"][0] < 0.01 < numbers["share"][3] and numbers["exponent"] == [1.0] * 4
     json.dumps([d.numbers for d in found], allow_nan=False)
+
+
+def plunging(count=150, levels=(5e-6, 1e-5, 2e-5, 4e-4)):
+    """From random weights down in a few decisions; from there on blocks jitter about a point."""
+    return [[level * max(1.0, 300 * 10 ** (-i / 10)) for level in levels] for i in range(count)]
+
+
+def cosine(count=150):
+    return [0.1 * 0.5 * (1 + math.cos(math.pi * i / count)) for i in range(count)]
+
+
+@pytest.mark.parametrize("total_steps", [TOTAL, None])
+def test_blocks_that_jitter_are_not_frozen_while_most_of_the_training_is_to_come(total_steps):
+    """At rest for the present rate, and a hundred times quieter than at the start: they still move when it falls."""
+    found = run(plunging(), growth=1.0, learning_rate=cosine(), total_steps=total_steps)
+    assert 0.53 * 150 < first(found, 3) < 0.66 * 150
+    at = first(found, 1)
+    assert at > 0.5 * 150 and found[at].numbers["ahead"] < 0.25
+    assert all(share < 0.01 for share in found[at - 20].numbers["share"][:3]), "by their scores they were still before"
+
+
+def test_blocks_that_calm_down_under_a_steady_rate_do_not_wait_for_its_end():
+    near = plunging(60) + [[level * 10 ** (-i / 20) for level in plunging(60)[-1]] for i in range(90)]
+    assert first(run(near, growth=1.0), 3) < 0.8 * 150
+    assert first(run(plunging(), growth=1.0), 1) > 0.8 * 150
 
 
 def test_several_blocks_go_at_once_when_a_deeper_cut_is_still():

@@ -27,27 +27,29 @@ def still_to_come(name, block, share):
 # ---- cosine: the rate falls smoothly to zero ------------------------------------------------------------------------
 
 
-def test_cosine_saves_about_a_third_of_the_backward_work():
+def test_cosine_saves_about_a_quarter_of_the_backward_work():
+    """Less than a timetable, whose early freezes are the ones that cost accuracy (docs/policy.md, What early costs)."""
     found = replay("resnet-cosine", Kgt())
     linear = replay("resnet-cosine", parse_policy("linear"))
-    assert 0.30 < found.frozen < 0.42
-    assert found.frozen > 0.85 * linear.frozen
+    assert 0.25 < found.frozen < 0.35
+    assert found.frozen > 0.7 * linear.frozen
     assert found.first(8) < 0.85 and found.decisions[-1][1].frontier == 8  # all but the last fifth
 
 
-def test_cosine_freezes_nothing_before_a_third_and_never_thaws():
+def test_cosine_freezes_nothing_before_most_of_the_training_is_done_and_never_thaws():
+    """The sum of the rates to come is a quarter of that of the steps so far at .53."""
     found = replay("resnet-cosine", Kgt())
-    assert found.first(1) > 0.33
+    assert 0.53 < found.first(1) < 0.62
     frontiers = [frontier for _, frontier in found.moves]
     assert frontiers == sorted(frontiers)
 
 
 def test_what_is_frozen_under_cosine_had_little_left_to_do():
-    """Squared distances: two hundredths are a seventh of the way, against the whole way from random weights."""
+    """Squared distances: a hundredth and a half is an eighth of the way, against the whole way from random weights."""
     found = replay("resnet-cosine", Kgt())
     before = 0
     for share, frontier in found.moves:
-        assert all(still_to_come("resnet-cosine", block, share) < 0.025 for block in range(before, frontier))
+        assert all(still_to_come("resnet-cosine", block, share) < 0.015 for block in range(before, frontier))
         before = frontier
 
 
@@ -59,7 +61,7 @@ def test_a_job_of_unknown_length_is_judged_alike():
 def test_cosine_without_the_learning_rate_freezes_later():
     """Its decay is what says that less is to come than was."""
     blind = replay("resnet-cosine", Kgt(), rate_seen=False)
-    assert 0.1 < blind.frozen < replay("resnet-cosine", Kgt()).frozen
+    assert 0.08 < blind.frozen < replay("resnet-cosine", Kgt()).frozen
 
 
 # ---- it listens -----------------------------------------------------------------------------------------------------
@@ -68,8 +70,8 @@ def test_cosine_without_the_learning_rate_freezes_later():
 def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
     """Block 3 (stage2.0) got random weights at 40 % of the job; the run is the same up to there."""
     plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
-    assert plain.first(4) < 0.55 and fresh.first(4) > plain.first(4) + 0.1
-    assert plain.first(6) < 0.55 and fresh.first(6) > plain.first(6) + 0.1
+    assert plain.first(3) < 0.62 and fresh.first(3) > plain.first(3) + 0.05
+    assert fresh.first(4) > plain.first(4)
     assert 0.05 < fresh.frozen < plain.frozen
 
 

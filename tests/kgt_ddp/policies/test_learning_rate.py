@@ -82,6 +82,19 @@ def test_after_a_restart_a_low_rate_is_not_taken_for_the_end():
     assert seen.restarts and seen.horizon(500) > 5 * 500  # the rate is near the bottom of its second cycle
 
 
+@pytest.mark.parametrize("rate_of", [cosine, lambda done: 0.1 * (1 - done), lambda done: 0.1])
+@pytest.mark.parametrize("done", [0.3, 0.6, 0.9])
+def test_what_is_spent_is_the_sum_of_the_rates_in_steps_at_the_present_one(rate_of, done):
+    past = range(0, int(1500 * done) + 1, 10)
+    _, seen = watch(rate_of, steps=past)
+    assert seen.spent(past[-1]) == pytest.approx(sum(10 * rate_of(s / 1500) for s in past[:-1]) / rate_of(done))
+
+
+def test_of_an_unknown_rate_every_step_counts_alike_and_of_none_nothing_is_left():
+    assert RateWatch().spent(300) == 300
+    assert watch(lambda done: 0.1 if done < 0.5 else 0.0)[1].spent(1500) == math.inf
+
+
 def test_it_goes_on_from_its_state():
     steps = list(STEPS)
     for rate_of in (cosine, lambda done: cosine(3 * done % 1), lambda done: 0.1 * 0.1 ** (done >= 0.5)):
