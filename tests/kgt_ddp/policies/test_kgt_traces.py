@@ -68,10 +68,10 @@ def test_cosine_without_the_learning_rate_freezes_later():
 
 
 def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
-    """Block 3 (stage2.0) got random weights at 40 % of the job; the run is the same up to there."""
+    """Block 3 (stage2.0) got random weights at half of the job. Five lags and a window later, at .73, the delay is over."""
     plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
-    assert plain.first(3) < 0.62 and fresh.first(3) > plain.first(3) + 0.05
-    assert fresh.first(4) > plain.first(4)
+    assert plain.first(4) < 0.66 and fresh.first(4) > plain.first(4) + 0.06
+    assert plain.first(6) < 0.70 and fresh.first(6) > plain.first(6) + 0.03
     assert 0.05 < fresh.frozen < plain.frozen
 
 
