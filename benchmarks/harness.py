@@ -133,6 +133,14 @@ class Figures:
         """A condition of the measurement (sizes, settings), for the results file only."""
         self._facts[key] = value
 
+    def take_up(self, results: Path = RESULTS) -> None:
+        """Begin with what the results file holds, if there is one: for a benchmark that measures a part of it anew."""
+        path = results / f"{self.name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            self._values, self._facts = record["figures"], record["conditions"]
+            self._spread = {key: Spread(**found) for key, found in record["spread"].items()}
+
     def publish(self, *, quick: bool, results: Path = RESULTS) -> None:
         """Write the results file unless `quick`; print the figures as one line of JSON, the last of the output."""
         if not quick:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Figures, parser
+from benchmarks.machine import machine_facts
 from benchmarks.pairing_workloads import WORKLOADS, MissingData, Workload
 from kgt_ddp.reference.arena import named_tensors
 from kgt_ddp.reference.client import ReferenceClient
@@ -303,7 +304,8 @@ def run(name: str, figures: Figures, directory: Path, *, quick: bool) -> bool:
     for key, value in summarise(seen).items():
         figures.exact(f"{name}_{key}", value)
     figures.exact(f"{name}_step_s", step_s)
-    figures.fact(name, {"steps": num_steps, "lag": lag, "samples": num_samples, "blocks": job.watched, "seen": seen})
+    sizes = {"steps": num_steps, "lag": lag, "samples": num_samples, "blocks": job.watched}
+    figures.fact(name, {**sizes, "seen": seen, "machine": machine_facts()})
     for pairing in ("probe",) if quick else PAIRINGS:
         here_s, there_s = costs(job, directory, pairing, submits=5 if quick else 7, num_samples=num_samples)
         figures.exact(f"{name}_{pairing}_trainer_ms", 1e3 * here_s)
@@ -315,18 +317,17 @@ def run(name: str, figures: Figures, directory: Path, *, quick: bool) -> bool:
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--only", choices=WORKLOADS, help="one job instead of all three")
+    command.add_argument("--only", choices=WORKLOADS, help="one job; the results file keeps what it has of the others")
     options = command.parse_args()
     torch.set_num_threads(1)
     figures = Figures("pairing")
     names = [options.only] if options.only else list(WORKLOADS)
-    done: list[str] = []
+    if options.only and not options.quick:
+        figures.take_up()
     with reference_process("bf16") as directory:
         for name in names:
             if run(name, figures, directory, quick=options.quick):
-                done.append(name)
-                figures.exact("workloads", done)
-                figures.publish(quick=options.quick or bool(options.only))  # so that a stopped run leaves something
+                figures.publish(quick=options.quick)  # so that a stopped run leaves something
 
 
 if __name__ == "__main__":

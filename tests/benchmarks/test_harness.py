@@ -86,6 +86,23 @@ def test_full_run_writes_figures_spread_conditions_and_machine(
     assert {"cpu", "cores", "torch", "torch_threads", "commit", "date", "load_before"} <= set(record["machine"])
 
 
+def test_a_part_that_is_measured_anew_leaves_the_rest_as_it_was(tmp_path: Path) -> None:
+    first = harness.Figures("name")
+    first.sampled("old", [1.0, 2.0, 4.0])
+    first.exact("counted", 7)
+    first.fact("size", 3)
+    first.publish(quick=False, results=tmp_path)
+    before = json.loads((tmp_path / "name.json").read_text())
+    second = harness.Figures("name")
+    second.take_up(tmp_path)
+    second.exact("counted", 8)
+    second.publish(quick=False, results=tmp_path)
+    after = json.loads((tmp_path / "name.json").read_text())
+    assert after["figures"] == before["figures"] | {"counted": 8}
+    assert (after["spread"], after["conditions"]) == (before["spread"], before["conditions"])
+    harness.Figures("other").take_up(tmp_path)  # nothing there yet
+
+
 def test_the_parser_takes_its_description_from_the_first_line() -> None:
     parser = harness.parser("What it measures.\n\nMore.")
     assert parser.description == "What it measures."
