@@ -133,9 +133,9 @@ OURS: tuple[Option, ...] = (
     _ours("ref-per-node", "Reference processes a node (default: what the policy needs).", metavar="N"),
     _ours(
         "ref-precision",
-        "Precision of the reference model.",
+        "Precision of the reference model (default: auto, bf16 where the CPU computes it fast).",
         variable=names.REFERENCE_PRECISION,
-        choices=("bf16", "fp32"),
+        choices=("auto", "bf16", "fp32"),
     ),
     _ours(
         "deterministic",

@@ -18,6 +18,8 @@ from typing import Any, Final
 from kgtrun.contract import environment
 
 PRECISIONS: Final = ("bf16", "fp32")
+AUTO: Final = "auto"
+"""bf16 where this CPU computes it fast, fp32 where it does not. It depends on the CPU alone, so runs can be repeated."""
 STARTING_NICENESS: Final = 5
 WORKING_NICENESS: Final = 19
 """Only the first is kept while torch is imported: with the second, that takes minutes on a busy machine."""
@@ -32,6 +34,7 @@ class Settings:
     directory: Path
     index: int
     precision: str
+    """One of `PRECISIONS`, or `AUTO`."""
     run_dir: str
     """Empty: no events are written."""
     cpus: frozenset[int]
@@ -47,9 +50,11 @@ class Settings:
         """
         if not environ.get(environment.REFERENCE_DIR):
             raise ValueError(f"{environment.REFERENCE_DIR} is not set: a reference is started by kgtrun")
-        precision = environ.get(environment.REFERENCE_PRECISION, "") or "bf16"
-        if precision not in PRECISIONS:
-            raise ValueError(f"{environment.REFERENCE_PRECISION}={precision!r} is none of {', '.join(PRECISIONS)}")
+        precision = environ.get(environment.REFERENCE_PRECISION, "") or AUTO
+        if precision not in (AUTO, *PRECISIONS):
+            raise ValueError(
+                f"{environment.REFERENCE_PRECISION}={precision!r} is none of {AUTO}, {', '.join(PRECISIONS)}"
+            )
         return cls(
             directory=Path(environ[environment.REFERENCE_DIR]),
             index=environment.integer(environment.REFERENCE_INDEX, environ=environ) or 0,
@@ -77,6 +82,15 @@ def settle(settings: Settings) -> int | None:
     torch.compiler.set_stance("force_eager")  # a compiled submodule must not compile again, for a model run this rarely
     os.nice(WORKING_NICENESS - STARTING_NICENESS)
     return threads
+
+
+def precision_of(settings: Settings) -> str:
+    """One of `PRECISIONS`: the one asked for, or the one for this CPU. After `settle`, as it needs torch."""
+    if settings.precision != AUTO:
+        return settings.precision
+    from kgt_ddp.torch_private import cpu_has_fast_bf16
+
+    return "bf16" if cpu_has_fast_bf16() else "fp32"
 
 
 def _take_cores(settings: Settings) -> int | None:

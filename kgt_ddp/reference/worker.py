@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kgt_ddp.reference.process import ParentWatch, Settings, Stop, StopSignals, settle
+from kgt_ddp.reference.process import ParentWatch, Settings, Stop, StopSignals, precision_of, settle
 from kgtrun.contract import environment
 from kgtrun.contract.events import EventWriter
 
@@ -192,9 +192,10 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
         events = EventWriter.for_process(settings.run_dir, role="reference", index=settings.index)
         threads = settle(settings)
         listener, path = listen(settings.directory, settings.index)
-        worker = Worker(listener, path, precision=settings.precision, events=events)
+        precision = precision_of(settings)
+        worker = Worker(listener, path, precision=precision, events=events)
         cores = sorted(os.sched_getaffinity(0))
-        events.write("reference_start", precision=settings.precision, threads=threads, cpus=cores)
+        events.write("reference_start", precision=precision, threads=threads, cpus=cores)
         events.write("reference_stop", reason=worker.run(parent, signals))
         return 0
     except Stop as stop:

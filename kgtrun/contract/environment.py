@@ -42,7 +42,7 @@ DESCRIPTIONS: dict[str, str] = {
     REFERENCE_DIR: "node-local directory (mode 0700) of the reference processes' sockets",
     NUM_REFERENCES: "reference processes on this node",
     REFERENCE_INDEX: "index of this reference process on its node",
-    REFERENCE_PRECISION: "precision of the reference model: bf16 or fp32",
+    REFERENCE_PRECISION: "precision of the reference model: auto, bf16 or fp32",
     CPUS: "cores of this process, as a list like 0-3,8",
     CACHE: "activation cache: off, auto or on",
     CACHE_DIR: "directory of the activation cache",

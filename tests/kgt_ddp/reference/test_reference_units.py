@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from kgt_ddp import torch_private
 from kgt_ddp.reference import protocol
 from kgt_ddp.reference.arena import Layout, memory_file, named_tensors, payload_file, read_payload
 from kgt_ddp.reference.model import is_ours, model_from, pickled_structure, submodules
 from kgt_ddp.reference.pairing import Comparison, FreshSamples, RetainedProbe, Scorer, TrainerActivations, Work
-from kgt_ddp.reference.process import parse_cpus
+from kgt_ddp.reference.process import Settings, parse_cpus, precision_of
 from kgt_ddp.reference.protocol import ProtocolError
 from kgt_ddp.reference.samples import Samples, masks_in, num_samples, sub_batch
 from kgt_ddp.reference.tap import ActivationTap
 from kgt_ddp.reference.transfer import Transfer
+from kgtrun.contract import environment
 
 
 @pytest.fixture
@@ -287,3 +289,10 @@ def test_lists_of_cores():
     assert parse_cpus("0-2,8") == {0, 1, 2, 8}
     with pytest.raises(ValueError, match="KGTRUN_CPUS"):
         parse_cpus("0-")
+
+
+@pytest.mark.parametrize(("asked", "fast", "found"), [("", True, "bf16"), ("", False, "fp32"), ("bf16", False, "bf16")])
+def test_the_precision_is_the_fast_one_of_this_cpu_unless_one_is_asked_for(monkeypatch, asked, fast, found):
+    monkeypatch.setattr(torch_private, "cpu_has_fast_bf16", lambda: fast)
+    environ = {environment.REFERENCE_DIR: "d", environment.REFERENCE_PRECISION: asked}
+    assert precision_of(Settings.read(environ)) == found
