@@ -130,7 +130,8 @@ class Branches:
         wanted: set[int],
     ) -> dict[str, float]:
         """Train from step `begin` to the end; `copies` takes weights and momentum at the wanted steps."""
-        job, losses, order = self._job, [], torch.empty(0)
+        job, order = self._job, torch.empty(0)
+        losses: list[float] = []
         for step in range(begin, job.total_steps):
             epoch, batch = divmod(step, job.steps_per_epoch)
             if batch == 0 or step == begin:
