@@ -8,6 +8,7 @@ the model does not.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from kgt_ddp.agreement import LAG, Agreement
 from kgt_ddp.backward_profile import BackwardProfile
 from kgt_ddp.blocks import Blocks
-from kgt_ddp.cadence import coarser, interval_for
+from kgt_ddp.cadence import affordable, coarser, interval_for
 from kgt_ddp.decider import Decider
 from kgt_ddp.job_length import JobLength
 from kgt_ddp.loss_meter import LossMeter
@@ -82,8 +83,9 @@ class Decisions:
         self._policy_spec = policy_spec
         self._given_steps = total_steps
         self._interval = interval if interval is not None else interval_for(total_steps)
+        self._given_interval = interval is not None
         self._paced = interval is None and total_steps is None and bool(policy.signals)
-        """Whether the interval may become longer on the way."""
+        """Whether the interval becomes longer with the length that is learned."""
         self._deterministic = deterministic
         self._events = events
         # getattr: a policy is any object with the interface, and may be from before it had this attribute.
@@ -234,8 +236,23 @@ class Decisions:
 
     def _pace(self, interval: int) -> int:
         """Rank 0: the interval from now on."""
-        assert self._now is not None
-        return coarser(interval, self._now.step, self._length.total_steps) if self._paced else interval
+        now = self._now
+        assert now is not None
+        if self._paced:
+            interval = coarser(interval, now.step, self._length.total_steps)
+        cost = self._signals.reference_cost if self._signals else None
+        step_s = now.saved.unfrozen_step_s
+        if self._given_interval or self._deterministic or cost is None or not step_s:
+            return interval
+        return affordable(
+            interval,
+            step_s=step_s,
+            passed_s=cost.passed_s,
+            cpu_s=cost.cpu_s,
+            num_cores=(os.cpu_count() or 1) / max(environment.integer(environment.NUM_REFERENCES) or 1, 1),
+            step=now.step,
+            total_steps=self._length.total_steps,
+        )
 
     def _follow_interval(self, step: int) -> None:
         """All ranks, at the same step: what rank 0 chose."""

@@ -24,7 +24,7 @@ import torch
 
 from kgt_ddp.blocks import Block, Blocks
 from kgt_ddp.partition import unwrapped_name
-from kgt_ddp.reference.client import ReferenceClient
+from kgt_ddp.reference.client import Cost, ReferenceClient
 from kgt_ddp.reference.protocol import Score
 from kgt_ddp.reference.samples import sub_batch
 from kgtrun.contract import environment
@@ -112,6 +112,11 @@ class Signals:
     def lag_steps(self) -> int | None:
         """Distance of the signal "plasticity"."""
         return self._lags[0] if self.wants_reference else None
+
+    @property
+    def reference_cost(self) -> Cost | None:
+        """What the reference takes for one decision's weights; None where it is not known, or there is none."""
+        return self._client.cost if self._client is not None else None
 
     def retain_probe(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The inputs of a training forward: its first samples become the probe of all scores to come."""

@@ -25,7 +25,9 @@ import os
 import pickle
 import select
 import socket
+import statistics
 import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,6 +47,9 @@ from kgtrun.contract import environment
 
 FIRST_PAUSE_S: Final = 0.25
 LONGEST_PAUSE_S: Final = 15.0
+REMEMBERED_COSTS: Final = 9
+FEWEST_COSTS: Final = 4
+"""The first submits are dearer: the model's first forward, the first floor."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +71,16 @@ class Stats:
     bytes_copied: int = 0
     busy_s: float = 0.0
     """Seconds of the calling thread spent in `submit` and `poll`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the reference takes for one submit, the median of the last ones that it worked on."""
+
+    passed_s: float
+    """Seconds that pass; submits that come faster are passed over."""
+    cpu_s: float
+    """Seconds of computing."""
 
 
 Stamp = tuple[int, int]
@@ -125,6 +140,7 @@ class ReferenceClient:
         self._next_try_s = 0.0
         self._generation = -1
         self._transfer = Transfer()
+        self._costs: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_COSTS)
 
     @classmethod
     def from_environment(cls, rank_on_node: int, environ: Mapping[str, str] | None = None) -> ReferenceClient | None:
@@ -241,6 +257,14 @@ class ReferenceClient:
     def in_flight(self) -> int:
         """Submits to which more may come: 0 means that waiting is pointless."""
         return self._online.in_flight if self._online is not None and self._pid == os.getpid() else 0
+
+    @property
+    def cost(self) -> Cost | None:
+        """What a submit costs the reference, whether or not there was a score; None until a few have been seen."""
+        if len(self._costs) < FEWEST_COSTS:
+            return None
+        passed_s, cpu_s = (statistics.median(column) for column in zip(*self._costs, strict=True))
+        return Cost(passed_s=passed_s, cpu_s=cpu_s)
 
     @property
     def connected(self) -> bool:
@@ -362,6 +386,8 @@ class ReferenceClient:
             case "done":
                 online.in_flight -= 1
                 self.stats.superseded += bool(message.get("superseded"))
+                if message["cost_s"] > 0:  # it was worked on
+                    self._costs.append((message["cost_s"], message["cpu_s"]))
             case "error":
                 self.stats.errors += 1
                 if self.problem != message["text"]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_HEADER_BYTES: Final = 64 * 1024
 MAX_FDS: Final = 8
 SOCKET_NAME: Final = "ref{index}.sock"
@@ -59,7 +59,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "cost_s": (float, int),
         "cpu_s": (float, int),
     },
-    "done": {"step": _INT, "generation": _INT},
+    "done": {"step": _INT, "generation": _INT, "cost_s": (float, int), "cpu_s": (float, int)},
     "error": {"text": (str,)},
 }
 

@@ -114,16 +114,18 @@ class Session:
                 self._free(slot)
                 self.flush()
 
+        cost = {"cost_s": 0.0, "cpu_s": 0.0}
         try:
             if self._scorer is not None and self._runner is not None:
-                self._score(submit, step, generation, taken)
+                cost = self._score(submit, step, generation, taken)
         except (Exception, SystemExit) as error:
             self._report(f"{type(error).__name__}: {error}")
         finally:
             taken()
-        self._send("done", step=step, generation=generation)
+        self._send("done", step=step, generation=generation, **cost)
 
-    def _score(self, submit: _Submit, step: int, generation: int, taken: Any) -> None:
+    def _score(self, submit: _Submit, step: int, generation: int, taken: Any) -> dict[str, float]:
+        """Send the scores, if there are any; returns what they cost."""
         assert self._scorer is not None and self._runner is not None
         work = Work(
             step=step,
@@ -135,6 +137,7 @@ class Session:
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         comparisons = self._scorer.score(work, taken)
         cost_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
+        cost = {"cost_s": round(cost_s, 6), "cpu_s": round(cpu_s, 6)}
         for comparison in comparisons:
             fields = {
                 "step": step,
@@ -144,11 +147,11 @@ class Session:
                 "lag_steps": comparison.lag_steps,
                 "values": comparison.values,
                 "floors": self._scorer.floors,
-                "cost_s": round(cost_s, 6),
-                "cpu_s": round(cpu_s, 6),
+                **cost,
             }
             self._send("score", **fields)
             self._events.write("reference_score", **fields)
+        return cost
 
     def _take_model(self, message: dict[str, Any], fds: list[int]) -> None:
         if message["version"] != protocol.VERSION:
@@ -205,7 +208,7 @@ class Session:
         if generation < self._generation:
             self._events.write("reference_stale", step=message["step"], generation=generation, now=self._generation)
             self._free(slot)
-            self._send("done", step=message["step"], generation=generation, superseded=True)
+            self._pass_over(message)
             return
         self._generation = generation
         self._supersede(_Submit(message, weights, samples, similarities))
@@ -221,7 +224,11 @@ class Session:
         if newer.samples is None and newer.similarities is None:
             newer.samples = older.samples
         self._free(older.header["slot"])
-        self._send("done", step=older.header["step"], generation=older.header["generation"], superseded=True)
+        self._pass_over(older.header)
+
+    def _pass_over(self, header: dict[str, Any]) -> None:
+        fields = {"cost_s": 0.0, "cpu_s": 0.0, "superseded": True}
+        self._send("done", step=header["step"], generation=header["generation"], **fields)
 
     def _free(self, slot: int) -> None:
         self._taken.discard(slot)

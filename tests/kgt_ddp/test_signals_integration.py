@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import ClassVar
 
 import pytest
@@ -179,6 +180,42 @@ def test_a_length_that_is_learned_lengthens_interval_and_distances_on_all_ranks(
     assert {lag for _, lag, _ in heard} == {40}
     # The score of step 100, against step 20, which was handed over at the old interval.
     assert next(step for step, _, score in heard if score is not None) == 121
+
+
+class SlowToEvaluate(SmallResNet):
+    """Training goes on several steps while the reference's forward, in evaluation mode, sleeps."""
+
+    def forward(self, x):
+        if not self.training:
+            time.sleep(1.0)
+        return super().forward(x)
+
+
+def outrunning(rank, world):
+    torch.manual_seed(3)
+    policy = Listener()
+    ddp = FreezeAwareDDP(SlowToEvaluate(), policy=policy, total_steps=1_500)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    for step in range(300):
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        time.sleep(0.06)
+    ddp.freezing.close()
+    return [(o.step, o.lag_steps, o.signals["plasticity"][3]) for o in policy.heard]
+
+
+def test_a_reference_that_is_slower_than_the_interval_is_asked_less_often(run_ranks, reference, tmp_path):
+    """At 10 steps, 0.6 s, two of three submits would be passed over, and what is kept of them is never a lag apart."""
+    run_dir = str(tmp_path / "events_of_trainers")
+    heard, _ = run_ranks(2, outrunning, env=env(reference, KGTRUN_RUN_DIR=run_dir), timeout_s=200)
+    changes = [(e["step"], e["was"], e["interval"]) for e in read_events(run_dir) if e["kind"] == "interval"]
+    assert len(changes) == 2 and changes[0] == changes[1], "at the same step on both ranks"
+    step, was, interval = changes[0]
+    assert was == 10 and interval in (20, 30), (
+        "as the machine's steps take; 30 is the longest that leaves fifty decisions"
+    )
+    later = [(lag, score) for at, lag, score in heard if at > step + 4 * interval]
+    assert {lag for lag, _ in later} == {2 * interval}
+    assert any(score is not None for _, score in later)
 
 
 def killed(rank, world, steps, pid):
