@@ -17,7 +17,6 @@ is a line in `runs/freeze_time/runs.jsonl`; a run takes up what is there.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import sys
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import run_log
 from benchmarks.harness import Figures, parser
 from benchmarks.machine import ROOT, commit
 
@@ -192,15 +192,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> Figures:
 
 def finished_runs(path: Path, job: Job) -> dict[int, dict[str, Any]]:
     """Runs of this job in the file, by seed; a torn line is skipped."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            run = json.loads(line)
-        except ValueError:
-            continue
-        if run["job"] == asdict(job):
-            found[run["seed"]] = run
-    return found
+    return {run["seed"]: run for run in run_log.read(path) if run["job"] == asdict(job)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -219,9 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = Branches(job, seed, images, labels).run(PLANS)
             runs[seed] = {"seed": seed, "job": asdict(job), "commit": commit(), "found": found}
             if not args.quick:
-                RUNS.parent.mkdir(parents=True, exist_ok=True)
-                with RUNS.open("a") as file:
-                    file.write("\n" + json.dumps(runs[seed]))  # the newline first: a torn line ends here
+                run_log.add(RUNS, runs[seed])
         print(f"seed {seed}: {runs[seed]['found']}", flush=True)
     summarise([runs[seed] for seed in sorted(runs)]).publish(quick=args.quick)
 

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import run_log
 from benchmarks.harness import Figures, order_of_round, parser, ratios
 from benchmarks.machine import ROOT, commit
 from benchmarks.process_cost import run_process
@@ -109,11 +110,7 @@ def run_once(case: str, job: Job, seed: int, folder: Path) -> dict[str, Any]:
 def finished_runs(path: Path, job: Job) -> dict[tuple[str, int], dict[str, Any]]:
     """Runs of this job in the file, by case and seed; a torn line is skipped."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in run_log.read(path):
         if record["job"] == asdict(job):
             found[record["case"], record["seed"]] = record
     return found
@@ -130,8 +127,7 @@ def run_all(
         for case in order_of_round(cases, index):
             if (case, seed) not in runs:
                 runs[case, seed] = run_once(case, job, seed, folder)
-                with path.open("a") as file:
-                    file.write("\n" + json.dumps(runs[case, seed]))  # the newline first: a torn line ends here
+                run_log.add(path, runs[case, seed])
             cost, result = runs[case, seed]["cost"], runs[case, seed]["result"]
             print(
                 f"seed {seed}  {case:6}  wall {cost['wall_s']:7.1f} s  CPU {cost['cpu_s']:7.1f} s  "

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch_gate, plots
+from benchmarks import epoch_gate, plots, run_log
 from benchmarks.accuracy_summary import PACE_EPOCHS, PLAIN, Record, by_policy, compared, summary
 from benchmarks.harness import RESULTS, Figures, order_of_round, parser
 from benchmarks.machine import ROOT, commit
@@ -165,7 +165,7 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
                 if job.ended:
                     jobs.pop(policy).close()
                     result = json.loads((folder / f"{names[policy]}.json").read_text())
-                    _add(
+                    run_log.add(
                         folder / "runs.jsonl",
                         {
                             **{"workload": workload, "policy": policy, "seed": seed, "heat": heat},
@@ -185,11 +185,7 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
 def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, int], Record]:
     """Runs in the file that have these settings (by workload), by workload, policy and seed; a torn line is skipped."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in run_log.read(path):
         if record["settings"] == chosen.get(record["workload"]):
             found[record["workload"], record["policy"], record["seed"]] = record
     return found
@@ -253,11 +249,6 @@ def parse_policies(text: str) -> list[str]:
 def _pace_rounds(epochs: int) -> tuple[int, ...]:
     """Rounds in which the pace has a turn: its start, and epochs spread over the heat, the first where others begin, too."""
     return (0, *(1 + i * epochs // PACE_EPOCHS for i in range(PACE_EPOCHS)))
-
-
-def _add(path: Path, record: Record) -> None:
-    with path.open("a") as file:
-        file.write("\n" + json.dumps(record))  # the newline first: a torn line ends here
 
 
 def _free_port() -> int:

@@ -240,9 +240,10 @@ class Decisions:
         assert now is not None
         if self._paced:
             interval = coarser(interval, now.step, self._length.total_steps)
-        cost = self._signals.reference_cost if self._signals else None
-        step_s = now.saved.unfrozen_step_s
-        if self._given_interval or self._deterministic or cost is None or not step_s:
+        if self._given_interval or self._deterministic or self._signals is None:
+            return interval
+        cost, step_s = self._signals.reference_cost, now.saved.unfrozen_step_s
+        if cost is None or not step_s:
             return interval
         return affordable(
             interval,

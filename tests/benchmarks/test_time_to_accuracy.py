@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import time_to_accuracy
+from benchmarks import run_log, time_to_accuracy
 from benchmarks.time_to_accuracy import command, environment, finished_runs, parse_policies, settings
 from benchmarks.turns import JobFailed, Turn
 
@@ -65,7 +65,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         heats.append((workload, seed, *policies))
         for policy in policies:
             record = {"workload": workload, "policy": policy, "seed": seed, "settings": chosen}
-            time_to_accuracy._add(folder / "runs.jsonl", record)
+            run_log.add(folder / "runs.jsonl", record)
             if len(heats) == 3:
                 raise KeyboardInterrupt
         return []
