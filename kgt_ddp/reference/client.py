@@ -33,15 +33,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from kgt_ddp.partition import unwrap
 from kgt_ddp.reference import protocol
-from kgt_ddp.reference.arena import Layout, memory_file, named_tensors, payload_file
-from kgt_ddp.reference.model import pickled_structure, surroundings
+from kgt_ddp.reference.arena import named_tensors, payload_file
+from kgt_ddp.reference.offer import Offer
 from kgt_ddp.reference.protocol import ProtocolError, Score
 from kgt_ddp.reference.runner import Similarities
 from kgt_ddp.reference.samples import Samples
+from kgt_ddp.reference.selection import Selection, runs_of_positions
 from kgt_ddp.reference.transfer import Transfer
 from kgtrun.contract import environment
 
@@ -83,22 +84,6 @@ class Cost:
     """Seconds of computing."""
 
 
-Stamp = tuple[int, int]
-"""Where a tensor lies, and torch's count of the writes to it."""
-
-
-@dataclass
-class _Offer:
-    """What a reference is told about the model; kept, so that one started later can be told again."""
-
-    module: nn.Module
-    watched: list[str]
-    envelope: dict[str, Any]
-    layout: Layout
-    slot_fds: list[int]
-    slots: list[dict[str, Tensor]]
-
-
 @dataclass
 class _Online:
     """State that dies with the connection."""
@@ -106,9 +91,7 @@ class _Online:
     connection: socket.socket
     free: list[int]
     in_flight: int = 0
-    settled: dict[str, Stamp] = field(default_factory=dict)
-    """Tensors sent since the caller called them unchanged, as they were then: they need not be sent again until somebody
-    writes to them."""
+    selection: Selection = field(default_factory=Selection)
     probe_sent: bool = False
     leaving: tuple[dict[str, Any], list[int]] | None = None
     """A submit whose weights are still being copied off the device."""
@@ -133,7 +116,7 @@ class ReferenceClient:
         self._path = protocol.socket_path(directory, index)
         self._num_slots = num_slots
         self._pid = os.getpid()
-        self._offer: _Offer | None = None
+        self._offer: Offer | None = None
         self._probe: Samples | None = None
         self._online: _Online | None = None
         self._pause_s = FIRST_PAUSE_S
@@ -167,29 +150,11 @@ class ReferenceClient:
         self._drop_offer()
         module = unwrap(module)  # the reference runs eagerly
         try:
-            layout = Layout.of(named_tensors(module))
-            structure = pickled_structure(module)
+            self._offer = Offer.of(module, watched, lags=lags, pairing=pairing, num_slots=self._num_slots)
         except Exception as error:
             self.problem = str(error)
             logger.warning("no reference can score this model: %s", error)
             return False
-        envelope = {
-            "structure": structure,
-            "entries": layout.entries,
-            "num_bytes": layout.num_bytes,
-            "watched": list(watched),
-            "lags": list(lags),
-            "pairing": pairing,
-            "surroundings": surroundings(),
-        }
-        try:
-            fds = [memory_file("kgtrun-weights", layout.num_bytes) for _ in range(self._num_slots)]
-        except OSError as error:
-            self.problem = f"no shared memory for a reference: {error}"
-            logger.warning("%s", self.problem)
-            return False
-        slots = [layout.map(fd) for fd in fds]
-        self._offer = _Offer(module, list(watched), envelope, layout, fds, slots)
         self.problem = None
         return True
 
@@ -294,9 +259,7 @@ class ReferenceClient:
             return False
         if samples is None and not online.probe_sent:
             samples = self._probe
-        still = {name for name in tensors if _belongs(name, unchanged)}
-        stamps = {name: _stamp(tensors[name]) for name in still}
-        present = [name for name in tensors if name not in still or online.settled.get(name) != stamps[name]]
+        present = online.selection.choose(tensors, unchanged)
         slot = online.free.pop()
         fds = _payloads(samples, similarities)
         online.leaving = ({}, fds)  # from here on the connection owns them, whatever fails
@@ -304,14 +267,13 @@ class ReferenceClient:
             "step": step,
             "generation": generation,
             "slot": slot,
-            "names": None if len(present) == len(tensors) else _indices(present, tensors),
+            "names": None if len(present) == len(tensors) else runs_of_positions(present, tensors),
             "samples": samples is not None,
             "similarities": similarities is not None,
             "lags": None if lags is None else list(lags),
         }
         self._transfer.start({name: tensors[name] for name in present}, offer.slots[slot])
         self.stats.bytes_copied += sum(tensors[name].nbytes for name in present)
-        online.settled = stamps
         online.probe_sent = online.probe_sent or samples is not None
         online.leaving = (header, fds)
         self._send_leaving()
@@ -346,7 +308,7 @@ class ReferenceClient:
             connection.connect(str(self._path))
             if protocol.peer_uid(connection) != os.getuid():
                 raise PermissionError("the reference's socket belongs to another user")
-            self._send_model(connection, self._offer)
+            self._offer.send(connection, max(self._generation, 0))
         except (OSError, ProtocolError) as error:
             connection.close()
             self._fail(f"no reference at {self._path}: {error}")
@@ -355,17 +317,6 @@ class ReferenceClient:
         self._pause_s, self.problem = FIRST_PAUSE_S, None
         self.stats.connections += 1
         return self._online
-
-    def _send_model(self, connection: socket.socket, offer: _Offer) -> None:
-        payload = payload_file("kgtrun-model", lambda file: pickle.dump(offer.envelope, file))
-        header = protocol.encode(
-            "model", version=protocol.VERSION, generation=max(self._generation, 0), num_slots=self._num_slots
-        )
-        try:
-            if not protocol.send(connection, header, [payload, *offer.slot_fds]):
-                raise OSError("the socket is full")
-        finally:
-            os.close(payload)
 
     def _note(self, message: dict[str, Any], scores: list[Score]) -> None:
         online, offer = self._online, self._offer
@@ -419,7 +370,7 @@ class ReferenceClient:
     def _drop_offer(self) -> None:
         self._disconnect()
         if self._offer is not None:
-            protocol.close_all(self._offer.slot_fds)
+            self._offer.close()
         self._offer = None
 
 
@@ -434,25 +385,3 @@ def _payloads(*values: Any) -> list[int]:
         protocol.close_all(fds)
         raise
     return fds
-
-
-def _belongs(name: str, blocks: Collection[str]) -> bool:
-    return any(name == block or name.startswith(block + ".") for block in blocks)
-
-
-def _stamp(tensor: Tensor) -> Stamp:
-    return tensor.data_ptr(), tensor._version
-
-
-def _indices(present: Collection[str], tensors: Mapping[str, Tensor]) -> list[list[int]]:
-    """Names as runs of their positions, [first, end): one pair for a frozen prefix, whatever its length."""
-    runs: list[list[int]] = []
-    wanted = set(present)
-    for index, name in enumerate(tensors):
-        if name not in wanted:
-            continue
-        if runs and runs[-1][1] == index:
-            runs[-1][1] = index + 1
-        else:
-            runs.append([index, index + 1])
-    return runs
