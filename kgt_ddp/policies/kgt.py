@@ -4,8 +4,9 @@ Numbers it listens to, one a block, means over the ranks: "plasticity", "plastic
 S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed distance on retained samples, and "floor".
 `cut_history` makes of them what is still to come of each cut and what is past. A cut is still when
 
-    to come < tolerance × the deepest block's past    and    it has declined from its own peak
-    and    it has calmed down from its usual level, or little of the training is left
+    it has declined from its own peak, and either
+        to come < tolerance × the deepest block's past         and it has calmed down from its usual level, or
+        to come < late_tolerance × the deepest block's past    and little of the training is left
 
 for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is
 relative, to how far the network as a whole has travelled and to the block's own history, so that precision, samples,
@@ -14,7 +15,8 @@ schedule and scale cancel. Everything in front of a still cut is frozen at once,
 the blocks always trains.
 
 A block that jitters under a high learning rate is at rest for that rate only: it moves on, inwards, as the rate falls.
-Little of the training is left when what the learning rate still has to give is under `LATE` times what it has given.
+Little of the training is left when what the learning rate still has to give is under `LATE` times what it has given. The
+blocks behind it have then found their places too, and make up for more: it may owe five times as much.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -63,9 +65,11 @@ class Kgt:
 
     Args:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
+        late_tolerance: the same, where little of the training is left.
     """
 
     tolerance: float = 0.004
+    late_tolerance: float = 0.02
     signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = MIN_STEPS
@@ -79,8 +83,9 @@ class Kgt:
     """The deepest scored block and its level at the last freeze."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.tolerance < 1.0:
-            raise ValueError(f"kgt: tolerance={self.tolerance} must be between 0 and 1")
+        for name in ("tolerance", "late_tolerance"):
+            if not 0.0 < (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"kgt: {name}={value} must be between 0 and 1")
 
     def decide(self, observation: Observation) -> Decision:
         event = self._rate.note(observation.step, observation.learning_rate)
@@ -152,7 +157,8 @@ class Kgt:
             if share is None or outlook is None:
                 cut.num_still = 0
             elif visible_now:
-                still = share < self.tolerance and outlook.declined and (outlook.calmed or late)
+                settled = outlook.calmed and share < self.tolerance
+                still = outlook.declined and (settled or (late and share < self.late_tolerance))
                 cut.num_still = cut.num_still + 1 if still else 0
 
     def _target(

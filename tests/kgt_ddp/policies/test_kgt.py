@@ -215,8 +215,20 @@ def test_scores_that_come_every_other_time_do_too():
 
 def test_a_job_whose_scores_stay_high_after_the_transient_is_left_alone():
     """A constant high learning rate: the scores fall by two decades at first, and then stay."""
-    near = [[max(1e-3 * 10 ** (-i / 15), 1e-5) * (1 + b) for b in range(4)] for i in range(150)]
-    assert set(frontiers(run(near))) == {0}
+    assert set(frontiers(run(transient(), learning_rate=[0.1] * 150))) == {0}
+
+
+def test_where_the_rate_only_creeps_such_a_job_is_frozen_when_little_of_it_is_left():
+    found = run(transient())
+    at = first(found, 1)
+    assert at > 0.8 * 150
+    assert found[at].numbers["ahead"] < 0.25 and found[at].numbers["share"][0] < 0.02
+    assert set(frontiers(run(transient(), policy=Kgt(late_tolerance=0.004)))) == {0}
+
+
+def transient():
+    """Down by two decades, then level to the end."""
+    return [[max(1e-3 * 10 ** (-i / 15), 1e-5) * (1 + b) for b in range(4)] for i in range(150)]
 
 
 def test_what_does_not_pay_is_not_frozen():

@@ -27,13 +27,19 @@ def still_to_come(name, block, share):
 # ---- cosine: the rate falls smoothly to zero ------------------------------------------------------------------------
 
 
-def test_cosine_saves_about_a_quarter_of_the_backward_work():
-    """Less than a timetable, whose early freezes are the ones that cost accuracy (docs/policy.md, What early costs)."""
+def test_cosine_saves_about_a_third_of_the_backward_work():
+    """Nearly as much as a timetable that begins twice as early (docs/policy.md, What freezing early costs)."""
     found = replay("resnet-cosine", Kgt())
     linear = replay("resnet-cosine", parse_policy("linear"))
-    assert 0.25 < found.frozen < 0.35
-    assert found.frozen > 0.7 * linear.frozen
-    assert found.first(8) < 0.85 and found.decisions[-1][1].frontier == 8  # all but the last fifth
+    assert 0.30 < found.frozen < 0.40
+    assert found.frozen > 0.85 * linear.frozen
+    assert found.first(8) < 0.75 and found.decisions[-1][1].frontier == 8  # all but the last fifth
+
+
+def test_a_block_that_still_owes_more_than_settled_ones_goes_when_little_of_the_training_is_left():
+    lenient, strict = replay("resnet-cosine", Kgt()), replay("resnet-cosine", Kgt(late_tolerance=0.004))
+    assert 0.53 < lenient.first(1) <= strict.first(1)
+    assert lenient.first(7) < strict.first(7) - 0.1 and lenient.first(8) < strict.first(8) - 0.1
 
 
 def test_cosine_freezes_nothing_before_most_of_the_training_is_done_and_never_thaws():
@@ -179,7 +185,7 @@ def test_a_step_schedule_freezes_after_the_first_drop_and_thaws_at_the_second():
     moves = found.moves
     assert [frontier for _, frontier in moves if frontier == 0] == [0]
     second = next(m for m in moves if m[1] == 0)
-    assert 0.57 < moves[0][0] < found.first(4) < 0.67
+    assert 0.57 < moves[0][0] <= found.first(4) < 0.67
     assert 0.75 <= second[0] < 0.77
     assert moves[-1][0] < 0.88 and moves[-1][1] == 8
 
@@ -218,7 +224,7 @@ def test_warm_restarts_thaw_and_end_the_trust_in_low_rates():
     everything before the rate does harm. The end of the second is no longer taken for one."""
     moves = replay("small-cyclic", Kgt()).moves
     assert moves[0][0] > 0.25 and any(0.32 < share < 0.36 and frontier == 0 for share, frontier in moves)
-    assert not any(0.36 < share < 0.85 for share, _ in moves)
+    assert not any(0.36 < share < 0.8 for share, _ in moves)  # where the second cosine ends
 
 
 @pytest.mark.parametrize(
