@@ -13,6 +13,9 @@ interpolation. `plain` is stock DDP under torchrun, policy "none".
 A run that took its turns in another heat than its plain run met another hour of the machine, or another machine. There, a
 plain job ran `PACE_EPOCHS` epochs in the heat's turns, which are in the record as `pace`: the clocks of the plain run go by
 them (each of its epochs costs the same), `plain_clock` says so, and quality stays that of the whole plain run.
+
+The same seed trains another model on a CPU with other instructions (`machine.arithmetic`). A run is compared with a plain
+run of its own arithmetic, and `plain_model` is "same"; if there is none, with the one there is, and it is "another".
 """
 
 from __future__ import annotations
@@ -40,6 +43,11 @@ class Course:
     seconds_with_validation: list[float]
     quality: list[float]
     """Percent, after each epoch; the last is of the whole test set."""
+
+
+def same_arithmetic(record: Record, plain: Record) -> bool:
+    """Would both have trained the same model, had neither frozen anything?"""
+    return record.get("arithmetic") == plain.get("arithmetic")
 
 
 def course(record: Record) -> Course:
@@ -142,6 +150,7 @@ def compare(record: Record, plain: Record) -> dict[str, Any]:
         "frozen_fraction": frozen_fraction(record),
         "overhead_fraction": overhead_fraction(record),
         "plain_clock": plain_clock(record, plain),
+        "plain_model": "same" if same_arithmetic(record, plain) else "another",
         "course": vars(mine),
         "freezes": record["result"].get("freezing", {}).get("freezes", []),
         "num_blocks": record["result"].get("freezing", {}).get("num_blocks"),
@@ -151,12 +160,23 @@ def compare(record: Record, plain: Record) -> dict[str, Any]:
 
 
 def compared(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Every run of which there is a plain one of the same workload and seed, compared with that; by policy, then seed."""
+    """Every run of which there is a plain one of the same workload and seed, compared with that; by policy, then seed.
+
+    Of plain runs of one seed with several arithmetics only the last is listed.
+    """
     records = list(records)
-    plain = {(r["workload"], r["seed"]): r for r in records if r["policy"] == PLAIN}
-    chosen = [r for r in records if (r["workload"], r["seed"]) in plain]
+    plain: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        if record["policy"] == PLAIN:
+            plain.setdefault((record["workload"], record["seed"]), []).append(record)
+
+    def partner(record: Record) -> Record | None:
+        candidates = plain.get((record["workload"], record["seed"]), [])
+        return max(candidates, key=lambda c: same_arithmetic(record, c), default=None)
+
+    chosen = [r for r in records if r["policy"] != PLAIN] + [runs[-1] for runs in plain.values()]
     chosen.sort(key=lambda r: (r["workload"] != "vision", r["workload"], r["policy"] != PLAIN, r["policy"], r["seed"]))
-    return [compare(r, plain[r["workload"], r["seed"]]) for r in chosen]
+    return [compare(r, theirs) for r in chosen if (theirs := partner(r)) is not None]
 
 
 def by_policy(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -21,6 +21,12 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def arithmetic() -> str:
+    """The instructions that torch computes with on this CPU ("AVX2", "AVX512"): with others sums are rounded otherwise,
+    and the same seed trains another model, as different as one of another seed."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def commit() -> str:
     """The commit of this checkout, with `+` where tracked files differ from it; empty without git."""
 
@@ -39,6 +45,7 @@ def machine_facts() -> dict[str, Any]:
     """CPU, cores this process may use, memory, devices, versions, threads, commit and date."""
     facts = {
         "cpu": cpu_model(),
+        "arithmetic": arithmetic(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),

@@ -11,6 +11,8 @@ what all others are compared with. `+cache` after a policy (`kgt+cache`) turns t
 All policies of one workload and seed are started together and take turns, an epoch each (`benchmarks.turns`): a slow hour
 of the machine falls on all. What is measured, how and against what, is in `benchmarks.accuracy_summary`.
 
+A plain run counts as finished where it was made with this CPU's arithmetic: with another, the same seed trains another model.
+
 A full run takes hours. Each finished run is a line in `runs/time_to_accuracy/runs.jsonl`; starting again goes on with what
 is missing, as long as the sizes are the same. What was stopped in mid-run starts over. If the plain run has ended before, a
 plain job takes two epochs' turns among the others, so that its time is known at this hour and on this machine; the results
@@ -40,7 +42,7 @@ from typing import Any
 from benchmarks import epoch_gate, plots, run_log
 from benchmarks.accuracy_summary import PACE_EPOCHS, PLAIN, Record, by_policy, compared, summary
 from benchmarks.harness import RESULTS, Figures, order_of_round, parser
-from benchmarks.machine import ROOT, commit
+from benchmarks.machine import ROOT, arithmetic, commit
 from benchmarks.turns import Job, JobFailed
 
 RUNS = ROOT / "runs" / "time_to_accuracy"
@@ -169,7 +171,7 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
                         folder / "runs.jsonl",
                         {
                             **{"workload": workload, "policy": policy, "seed": seed, "heat": heat},
-                            **{"settings": dict(chosen), "commit": commit()},
+                            **{"settings": dict(chosen), "commit": commit(), "arithmetic": arithmetic()},
                             **(
                                 {"pace": [asdict(t) for t in pace.turns]}
                                 if pace and len(pace.turns) > PACE_EPOCHS
@@ -182,13 +184,22 @@ def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[
     return failures
 
 
-def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str, int], Record]:
-    """Runs in the file that have these settings (by workload), by workload, policy and seed; a torn line is skipped."""
+def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> list[Record]:
+    """Runs in the file that have these settings (by workload), the last of each kind; a torn line is skipped."""
     found = {}
     for record in run_log.read(path):
         if record["settings"] == chosen.get(record["workload"]):
-            found[record["workload"], record["policy"], record["seed"]] = record
-    return found
+            found[record["workload"], record["policy"], record["seed"], record.get("arithmetic")] = record
+    return list(found.values())
+
+
+def is_finished(records: Sequence[Record], workload: str, policy: str, seed: int) -> bool:
+    """A plain run counts only if it was made with this CPU's arithmetic."""
+    return any(
+        (record["workload"], record["policy"], record["seed"]) == (workload, policy, seed)
+        and (policy != PLAIN or record.get("arithmetic") == arithmetic())
+        for record in records
+    )
 
 
 def run_all(
@@ -204,7 +215,7 @@ def run_all(
     for seed in seeds:
         for workload in workloads:
             finished = finished_runs(folder / "runs.jsonl", chosen)
-            missing = [policy for policy in policies if (workload, policy, seed) not in finished]
+            missing = [policy for policy in policies if not is_finished(finished, workload, policy, seed)]
             if missing:
                 failures += run_heat(workload, missing, seed, chosen[workload], folder)
     return failures
@@ -283,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         with tempfile.TemporaryDirectory(prefix="kgtrun-time-to-accuracy-") as folder:
             failures = run_all(workloads, policies, seeds[:1], chosen, Path(folder))
-            records = list(finished_runs(Path(folder) / "runs.jsonl", chosen).values())
+            records = finished_runs(Path(folder) / "runs.jsonl", chosen)
     else:
         if os.getloadavg()[0] > 0.5:
             print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): wall times will be too long", flush=True)
@@ -292,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             RUNS.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(KEPT_RUNS, finished)
         failures = run_all(workloads, policies, seeds, chosen, RUNS)
-        records = list(finished_runs(finished, chosen).values())
+        records = finished_runs(finished, chosen)
         if full_size:
             shutil.copyfile(finished, KEPT_RUNS)
     publish(records, chosen, quick=args.quick, results=RESULTS if full_size else RUNS)

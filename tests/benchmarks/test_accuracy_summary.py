@@ -110,6 +110,19 @@ def test_the_clocks_of_a_plain_run_of_another_heat_go_by_the_pace_taken_in_this_
     assert found["plain_quality"] == pytest.approx(91.0)
 
 
+def test_a_run_is_compared_with_plain_of_its_own_arithmetic_if_there_is_one() -> None:
+    """The same seed trains another model where sums are rounded otherwise."""
+    here, there = {"arithmetic": "AVX2"}, {"arithmetic": "AVX512"}
+    plain_there, plain_here = record() | there, record(accuracies=(0.8, 0.9, 0.92)) | here
+    ours = record("kgt") | here
+    (_, alone) = compared([plain_there, ours])
+    assert (alone["plain_quality"], alone["plain_model"]) == (pytest.approx(91.0), "another")
+    plain, found, other = compared([plain_there, ours, record("linear") | there, plain_here])
+    assert (found["plain_quality"], found["plain_model"]) == (pytest.approx(92.0), "same")
+    assert (other["plain_quality"], other["plain_model"]) == (pytest.approx(91.0), "same")
+    assert plain["policy"] == "none" and plain["final_quality"] == pytest.approx(92.0), "of two the last is listed"
+
+
 def test_the_summary_has_the_agreed_keys_and_no_ratio_where_a_seed_missed_the_target() -> None:
     good = {"walls": (10.0, 60.0, 60.0, 60.0, 5.0), "accuracies": (0.8, 0.9, 0.91)}
     runs = compared(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks import run_log, time_to_accuracy
-from benchmarks.time_to_accuracy import command, environment, finished_runs, parse_policies, settings
+from benchmarks.machine import arithmetic
+from benchmarks.time_to_accuracy import command, environment, finished_runs, is_finished, parse_policies, settings
 from benchmarks.turns import JobFailed, Turn
 
 FULL = {name: settings(name, quick=False, changed={}) for name in time_to_accuracy.WORKLOADS}
@@ -65,6 +66,7 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         heats.append((workload, seed, *policies))
         for policy in policies:
             record = {"workload": workload, "policy": policy, "seed": seed, "settings": chosen}
+            record["arithmetic"] = arithmetic()
             run_log.add(folder / "runs.jsonl", record)
             if len(heats) == 3:
                 raise KeyboardInterrupt
@@ -89,8 +91,16 @@ def test_runs_of_another_size_are_not_taken(tmp_path: Path) -> None:
     small = settings("vision", quick=False, changed={"train-images": 10})
     # As JSON gives it back: the settings must survive the way through the file.
     path.write_text(json.dumps({"workload": "vision", "policy": "none", "seed": 0, "settings": small}) + "\n")
-    assert finished_runs(path, FULL) == {}
-    assert list(finished_runs(path, {"vision": small})) == [("vision", "none", 0)]
+    assert finished_runs(path, FULL) == []
+    assert [r["settings"] for r in finished_runs(path, {"vision": small})] == [small]
+
+
+def test_a_plain_run_of_another_arithmetic_is_not_finished_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"workload": "vision", "policy": p, "seed": 0, "arithmetic": "AVX512"} for p in ("none", "kgt")]
+    monkeypatch.setattr(time_to_accuracy, "arithmetic", lambda: "AVX2")
+    assert not is_finished(records, "vision", "none", 0) and is_finished(records, "vision", "kgt", 0)
+    monkeypatch.setattr(time_to_accuracy, "arithmetic", lambda: "AVX512")
+    assert is_finished(records, "vision", "none", 0) and not is_finished(records, "vision", "none", 1)
 
 
 def test_an_unknown_workload_is_refused_with_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +145,7 @@ def test_a_run_that_fails_leaves_the_others_going(tmp_path: Path, monkeypatch: p
     failures = time_to_accuracy.run_heat("vision", policies, 0, FULL["vision"], tmp_path)
     assert failures == ["vision-static_blocks_1_step_2-seed0 ended with exit code 1"]
     found = finished_runs(tmp_path / "runs.jsonl", FULL)
-    assert [policy for _, policy, _ in found] == ["none", "kgt"]
+    assert [record["policy"] for record in found] == ["none", "kgt"]
     plain, broken, kgt = (time_to_accuracy.run_name("vision", policy, 0) for policy in policies)
     assert FakeJob.order == [plain, broken, kgt, kgt, plain, plain, kgt]
 
@@ -150,6 +160,7 @@ def test_where_plain_is_from_another_heat_a_plain_job_takes_two_epochs(
     pace, kgt = (time_to_accuracy.run_name("vision", policy, 0) for policy in ("pace", "kgt"))
     assert [i for i, name in enumerate(FakeJob.order) if name == pace] == [0, 3, 8]
     assert FakeJob.order.count(kgt) == 12
-    (record,) = finished_runs(tmp_path / "runs.jsonl", FULL).values()
+    (record,) = finished_runs(tmp_path / "runs.jsonl", FULL)
+    assert record["arithmetic"] == arithmetic()
     assert [turn["place"] for turn in record["pace"]] == ["start", "0", "1"]
     assert line("pace")[5:] == line("none")[5:], "all but the port"
