@@ -16,7 +16,7 @@ the blocks always trains.
 
 A block that jitters under a high learning rate is at rest for that rate only: it moves on, inwards, as the rate falls.
 Little of the training is left when what the learning rate still has to give is under `LATE` times what it has given. The
-blocks behind it have then found their places too, and make up for more: it may owe five times as much.
+blocks behind it have then found their places too, and make up for more: it may owe `late_tolerance`.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -52,6 +52,7 @@ LATE: Final = 0.25
 a linear decay at 0.61. Branches of one training lost 0.25 points where blocks were frozen from 0.3 of the job on, and nothing
 where they were frozen from 0.45 or 0.6 on, though many more at a time (docs/policy.md)."""
 FRONT: Final = 4.0
+"""Times `tolerance`, late too: beside `late_tolerance` a block with fresh weights would go with those behind it."""
 MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
 ALARM: Final = 8.0
