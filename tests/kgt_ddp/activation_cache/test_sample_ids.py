@@ -118,7 +118,8 @@ def test_losses_are_the_same_bit_for_bit_and_decoding_ends(cached, plain, worker
     # The first epoch learns, the second one repeats for some batches; workers, newly started, decode one sample each.
     assert counts[0] == SAMPLES
     assert counts[1] < SAMPLES
-    assert all(count <= SAMPLES / CHECK_EVERY + 1 + workers for count in counts[3:]), counts
+    checks = (SAMPLES / CHECK_EVERY + 1) * max(workers, 1)  # workers race for the count: all may see the same turn
+    assert all(count <= checks + workers for count in counts[3:]), counts
     assert cached.cache.refused is None
 
 
