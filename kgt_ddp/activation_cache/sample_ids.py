@@ -150,7 +150,7 @@ class SampleIds:
         table, key = self._open[1], self.key(sample)
         if table is None or key is None or not table.has(key):
             return False
-        # Workers race for this number; a lost count moves a check to another sample.
+        # Workers race for this number; a lost count moves a check to another sample, or has several check at one turn.
         self._numbers[_CANDIDATES] += 1
         return int(self._numbers[_CANDIDATES]) % CHECK_EVERY != 1
 
