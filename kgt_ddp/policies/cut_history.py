@@ -19,6 +19,7 @@ begins anew, 5L steps later, when no score compares across the jump any more.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -30,6 +31,10 @@ from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
 CALM: Final = 0.25
 JUMP: Final = 3.0
 DECLINE: Final = 0.25
+HALVED: Final = 0.5
+ROUGH: Final = 2.0
+"""Neighbouring scores of a block differ by less than this factor, mostly: they compare nearly the same versions. Scores
+drawn at random, or put into another order, do not, and may be far under the peak by chance."""
 CALMED: Final = 0.5
 MIN_SEEN: Final = 5
 MIN_TERMS: Final = 3
@@ -52,8 +57,12 @@ class Outlook:
     to_come: float
     declined: bool
     """Three of four scores of the window are under `DECLINE` times the peak."""
+    halved: bool
+    """The same, under `HALVED` times the peak."""
     calmed: bool
     """Three of four scores of the window are under `CALMED` times the usual level."""
+    smooth: bool
+    """The scores of the window hang together."""
 
 
 @dataclass(kw_only=True)
@@ -142,8 +151,15 @@ class CutHistory:
             exponent=exponent,
             to_come=to_come,
             declined=upper < DECLINE * self.peak,
+            halved=upper < HALVED * self.peak,
+            smooth=self._roughness() < ROUGH,
             calmed=len(self.terms) >= MIN_USUAL and upper < CALMED * statistics.median(self.terms) / self.stride,
         )
+
+    def _roughness(self) -> float:
+        """By what factor a score of the window differs from the one before; the median."""
+        logs = [math.log(far) for _, _, far in self.recent]
+        return math.exp(statistics.median(abs(b - a) for a, b in itertools.pairwise(logs)))
 
     def _count(self, step: int, far: float, span: int) -> None:
         """Add a term to the past, if it is time to."""

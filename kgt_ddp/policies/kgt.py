@@ -2,21 +2,23 @@
 
 Numbers it listens to, one a block, means over the ranks: "plasticity", "plasticity_2" and "plasticity_4", which are
 S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed distance on retained samples, and "floor".
-`cut_history` makes of them what is still to come of each cut and what is past. A cut is still when
+`cut_history` makes of them what is still to come of each cut and what is past. A cut is still when it is
 
-    it has declined from its own peak, and either
-        to come < tolerance × the deepest block's past         and it has calmed down from its usual level, or
-        to come < late_tolerance × the deepest block's past    and little of the training is left
+    settled   to come < tolerance × the deepest block's past, it is under a quarter of its own peak, and it has calmed down
+              from its usual level; or
+    late      to come < late_tolerance × the deepest block's past, it is under half of its own peak, and little of the
+              training is left
 
-for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not falling. All of it is
-relative, to how far the network as a whole has travelled and to the block's own history, so that precision, samples,
-schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by itself is up to
-`FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The last fifth of
-the blocks always trains.
+and its scores hang together, for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not
+falling. All of it is relative, to how far the network as a whole has travelled and to the block's own history, so that
+precision, samples, schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by
+itself is up to `FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The
+last fifth of the blocks always trains.
 
 A block that jitters under a high learning rate is at rest for that rate only: it moves on, inwards, as the rate falls.
 Little of the training is left when what the learning rate still has to give is under `LATE` times what it has given. The
-blocks behind it have then found their places too, and make up for more: it may owe `late_tolerance`.
+blocks behind it have then found their places too, and make up for more: it may owe `late_tolerance`. The more blocks are
+behind it the sooner it is late: below `LATE_IN_FRONT` times their share, once the rate has lost the share `LOST`.
 
 Nothing is frozen: in the first `MIN_STEPS` steps; while the last 4L steps run; where a change of the mask does not pay.
 
@@ -50,7 +52,12 @@ LONG_PATIENCE: Final = 24
 LATE: Final = 0.25
 """The sum of the rates of all steps to come over that of the steps so far. Under a cosine that is at 0.53 of the job, under
 a linear decay at 0.61. Branches of one training lost 0.25 points where blocks were frozen from 0.3 of the job on, and nothing
-where they were frozen from 0.45 or 0.6 on, though many more at a time (docs/policy.md)."""
+where three were frozen at 0.45, six at 0.55 and eight at 0.6 (docs/policy.md)."""
+LATE_IN_FRONT: Final = 0.6
+"""Times the share of the blocks behind, where that is more than `LATE`: of ten blocks the first is late at 0.43 of the job
+under a cosine, the third at 0.46, the sixth and all behind it at 0.53."""
+LOST: Final = 1 / 3
+"""Where the rate hardly falls, a block jitters to the end as it does in mid-run."""
 FRONT: Final = 4.0
 """Times `tolerance`, late too: beside `late_tolerance` a block with fresh weights would go with those behind it."""
 MOVED: Final = 1e-3
@@ -118,7 +125,7 @@ class Kgt:
         outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
         shares = _shares(outlooks, next((c.past() for c in reversed(self._cuts) if c.has_past), None))
         ahead = horizon / spent if (spent := self._rate.spent(observation.step)) else math.inf
-        self._count_still(seen, shares, outlooks, late=ahead < LATE)
+        self._count_still(seen, shares, outlooks, ahead)
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
@@ -152,15 +159,22 @@ class Kgt:
             cut.pace_changed(step, span)
 
     def _count_still(
-        self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None], *, late: bool
+        self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None], ahead: float
     ) -> None:
-        for cut, visible_now, share, outlook in zip(self._cuts, seen, shares, outlooks, strict=True):
+        for block, (cut, visible_now) in enumerate(zip(self._cuts, seen, strict=True)):
+            share, outlook = shares[block], outlooks[block]
             if share is None or outlook is None:
                 cut.num_still = 0
             elif visible_now:
-                settled = outlook.calmed and share < self.tolerance
-                still = outlook.declined and (settled or (late and share < self.late_tolerance))
-                cut.num_still = cut.num_still + 1 if still else 0
+                settled = outlook.declined and outlook.calmed and share < self.tolerance
+                late = outlook.halved and ahead < self._late_from(block) and share < self.late_tolerance
+                cut.num_still = cut.num_still + 1 if outlook.smooth and (settled or late) else 0
+
+    def _late_from(self, block: int) -> float:
+        """What the rates may still have to give, over what they have given, where it is late for this block."""
+        if self._rate.lost < LOST:
+            return LATE
+        return max(LATE, LATE_IN_FRONT * (len(self._cuts) - block - 1) / len(self._cuts))
 
     def _target(
         self, observation: Observation, seen: list[bool], shares: list[float | None], span: int

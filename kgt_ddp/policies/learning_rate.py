@@ -67,7 +67,12 @@ class RateWatch:
     @property
     def falling(self) -> bool:
         """Has it decayed since the last event, in whatever way?"""
-        return bool(self.recent) and self.recent[-1][1] < self.high
+        return self.lost > 0.0
+
+    @property
+    def lost(self) -> float:
+        """Share of the highest rate since the last event that is gone."""
+        return 1.0 - self.recent[-1][1] / self.high if self.recent and self.high > 0 else 0.0
 
     def horizon(self, steps: int) -> float:
         """How many steps at the present rate move the weights as far as the next `steps` steps will.

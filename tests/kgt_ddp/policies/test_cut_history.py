@@ -59,6 +59,17 @@ def test_a_decline_is_one_of_most_of_the_window():
     assert history([1e-4] * 20 + [1e-6] * 11).outlook(0, SPAN).declined
 
 
+def test_half_of_the_peak():
+    assert history([1e-4] * 20 + [4e-5] * 12).outlook(0, SPAN).halved
+    assert not history([1e-4] * 20 + [6e-5] * 12).outlook(0, SPAN).halved
+
+
+def test_scores_that_jump_to_and_fro_do_not_hang_together_and_those_that_fall_fast_do():
+    assert not history([1e-4] * 20 + [2e-5, 2e-6] * 6).outlook(0, SPAN).smooth
+    assert history([1e-4] * 20 + [2e-5, 1.5e-5] * 6).outlook(0, SPAN).smooth
+    assert history([1e-4 * 0.6**i for i in range(20)]).outlook(0, SPAN).smooth
+
+
 def test_calm_is_judged_by_the_usual_level_and_a_plunge_at_the_start_is_not_usual():
     plunge = [1e-2] * 8 + [1e-3] * 8
     assert not history(plunge + [1e-5] * 60).outlook(0, SPAN).calmed

@@ -86,12 +86,22 @@ def cosine(count=150):
 
 @pytest.mark.parametrize("total_steps", [TOTAL, None])
 def test_blocks_that_jitter_are_not_frozen_while_most_of_the_training_is_to_come(total_steps):
-    """At rest for the present rate, and a hundred times quieter than at the start: they still move when it falls."""
+    """At rest for the present rate, and a hundred times quieter than at the start: they still move when it falls. Of four
+    blocks the first is late earlier: three quarters of the network are behind it."""
     found = run(plunging(), growth=1.0, learning_rate=cosine(), total_steps=total_steps)
     assert 0.53 * 150 < first(found, 3) < 0.66 * 150
     at = first(found, 1)
-    assert at > 0.5 * 150 and found[at].numbers["ahead"] < 0.25
+    assert 0.43 * 150 < at < first(found, 3) and found[at].numbers["ahead"] < 0.6 * 3 / 4
     assert all(share < 0.01 for share in found[at - 20].numbers["share"][:3]), "by their scores they were still before"
+
+
+def test_jitter_that_shrinks_with_the_rate_is_no_later_for_the_want_of_a_plunge():
+    """Its highest level is the one it always had, and is halved where the rate is down to 1/√2 of its start."""
+    plain = [[level * (rate / 0.1) ** 2 for level in plunging()[-1]] for rate in cosine()]
+    found = run(plain, growth=1.0, learning_rate=cosine())
+    assert first(found, 1) > 0.43 * 150 and first(found, 3) < 0.6 * 150
+    creeps = run(plain, growth=1.0, learning_rate=creeping())
+    assert first(creeps, 1) > first(found, 3) + 0.05 * 150  # the rate did not fall, so it is not late
 
 
 def test_blocks_that_calm_down_under_a_steady_rate_do_not_wait_for_its_end():

@@ -27,35 +27,35 @@ def still_to_come(name, block, share):
 # ---- cosine: the rate falls smoothly to zero ------------------------------------------------------------------------
 
 
-def test_cosine_saves_about_a_third_of_the_backward_work():
-    """Nearly as much as a timetable that begins twice as early (docs/policy.md, What freezing early costs)."""
+def test_cosine_saves_more_than_a_third_of_the_backward_work():
+    """As much as a timetable that begins at a third of the job (docs/policy.md, What freezing early costs)."""
     found = replay("resnet-cosine", Kgt())
     linear = replay("resnet-cosine", parse_policy("linear"))
-    assert 0.30 < found.frozen < 0.40
-    assert found.frozen > 0.85 * linear.frozen
+    assert 0.35 < found.frozen < 0.42
+    assert found.frozen > 0.95 * linear.frozen and found.first(1) > linear.first(1) + 0.1
     assert found.first(8) < 0.75 and found.decisions[-1][1].frontier == 8  # all but the last fifth
 
 
 def test_a_block_that_still_owes_more_than_settled_ones_goes_when_little_of_the_training_is_left():
     lenient, strict = replay("resnet-cosine", Kgt()), replay("resnet-cosine", Kgt(late_tolerance=0.004))
-    assert 0.53 < lenient.first(1) <= strict.first(1)
+    assert 0.43 < lenient.first(1) <= strict.first(1)
     assert lenient.first(7) < strict.first(7) - 0.1 and lenient.first(8) < strict.first(8) - 0.1
 
 
 def test_cosine_freezes_nothing_before_most_of_the_training_is_done_and_never_thaws():
-    """The sum of the rates to come is a quarter of that of the steps so far at .53."""
+    """The sum of the rates to come is a quarter of that of the steps so far at .53, and half of it at .43."""
     found = replay("resnet-cosine", Kgt())
-    assert 0.53 < found.first(1) < 0.62
+    assert 0.43 < found.first(1) < found.first(3) < found.first(6) < 0.62 and found.first(6) > 0.53
     frontiers = [frontier for _, frontier in found.moves]
     assert frontiers == sorted(frontiers)
 
 
 def test_what_is_frozen_under_cosine_had_little_left_to_do():
-    """Squared distances: a hundredth and a half is an eighth of the way, against the whole way from random weights."""
+    """Squared distances: a fortieth is a sixth of the way, against the whole way from random weights."""
     found = replay("resnet-cosine", Kgt())
     before = 0
     for share, frontier in found.moves:
-        assert all(still_to_come("resnet-cosine", block, share) < 0.015 for block in range(before, frontier))
+        assert all(still_to_come("resnet-cosine", block, share) < 0.025 for block in range(before, frontier))
         before = frontier
 
 
@@ -93,10 +93,11 @@ def test_permuted_blocks_change_the_decisions(seed):
     assert replay("resnet-cosine", Kgt(), change=permute).moves != replay("resnet-cosine", Kgt()).moves
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_same_scores_in_another_order_of_time_freeze_nothing(seed):
+@pytest.mark.parametrize("name", ["resnet-cosine", "small-warmup-linear"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_scores_in_another_order_of_time_freeze_nothing(name, seed):
     """All that is left of them is their size; they neither decline nor hang together."""
-    records = load("resnet-cosine")["records"]
+    records = load(name)["records"]
     others = list(range(8, len(records)))
     random.Random(seed).shuffle(others)
     table = {records[i]["step"]: records[j] for i, j in zip(range(8, len(records)), others, strict=True)}
@@ -104,7 +105,7 @@ def test_the_same_scores_in_another_order_of_time_freeze_nothing(seed):
     def shuffled(step, key, row):
         return table[step][key] if step in table and key in DISTANCES else row
 
-    assert replay("resnet-cosine", Kgt(), change=shuffled).moves == []
+    assert replay(name, Kgt(), change=shuffled).moves == []
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, 0.0])
@@ -198,10 +199,10 @@ def test_what_a_step_schedule_froze_had_little_left_to_do():
 
 def test_warm_up_and_linear_decay_freeze_late():
     """Half-way through a linear decay the rate is higher than under a cosine, and later still more so: at 60 % a front
-    block had 2 % of its way to go, where under the cosine it had half of that. Only the first, whose way is a small part
-    of the network's, goes sooner."""
+    block had 2 % of its way to go, where under the cosine it had half of that. Only the first three, whose way is a small
+    part of the network's, go sooner."""
     found = replay("small-warmup-linear", Kgt())
-    assert found.first(1) > 0.5 and 0.6 < found.first(2) < 0.9 and found.frozen > 0.08
+    assert found.first(1) > 0.5 and 0.6 < found.first(4) < 0.9 and found.frozen > 0.08
     frontiers = [frontier for _, frontier in found.moves]
     assert frontiers == sorted(frontiers)  # the rise is over before anything is frozen
     assert still_to_come("small-warmup-linear", 3, 0.6) > still_to_come("resnet-cosine", 3, 0.6)
