@@ -8,7 +8,7 @@ all-MiniLM-L6-v2 fine-tuned on 4,000 texts of 20 Newsgroups, 3 epochs of 250 ste
 at its defaults or with options; `none` is torchrun with torch's own DistributedDataParallel, without anything of ours:
 what all others are compared with. `+cache` after a policy (`kgt+cache`) turns the activation cache on; otherwise it is off.
 
-All policies of one workload and seed are started together and take turns, an epoch each (`benchmarks.turns`): a slow hour
+All policies of one workload and seed are started together and take turns, an epoch each (`benchmarks.heat`): a slow hour
 of the machine falls on all. What is measured, how and against what, is in `benchmarks.accuracy_summary`.
 
 A plain run counts as finished where it was made with this CPU's arithmetic: with another, the same seed trains another model.
@@ -29,159 +29,23 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import epoch_gate, plots, run_log
-from benchmarks.accuracy_summary import PACE_EPOCHS, PLAIN, Record, by_policy, compared, summary
-from benchmarks.harness import RESULTS, Figures, order_of_round, parser
-from benchmarks.machine import ROOT, arithmetic, commit
-from benchmarks.turns import Job, JobFailed
+from benchmarks import plots, run_log
+from benchmarks.accuracy_jobs import CACHE, WORKLOADS, settings
+from benchmarks.accuracy_summary import PLAIN, Record, by_policy, compared, summary
+from benchmarks.harness import RESULTS, Figures, parser
+from benchmarks.heat import run_heat
+from benchmarks.machine import ROOT, arithmetic
 
 RUNS = ROOT / "runs" / "time_to_accuracy"
 KEPT_RUNS = RESULTS / "time_to_accuracy_runs.jsonl"
 POLICIES = (PLAIN, "linear", "gradnorm", "kgt-paper", "kgt")
 QUICK_POLICIES = (PLAIN, "linear")
-CACHE = "+cache"
-PACE = "pace"
-"""Name of the plain job that runs for `PACE_EPOCHS` epochs where the whole plain run is from another heat."""
-KEPT_VARIABLES = ("KGTRUN_FASHION_MNIST_DIR", "KGTRUN_LANGUAGE_DIR")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A script and its size."""
-
-    script: str
-    options: Mapping[str, Any]
-    quick_options: Mapping[str, Any] = field(default_factory=dict)
-    num_ranks: int = 2
-    threads_per_rank: int = 1
-    turn_timeout_s: float = 3 * 3600.0
-
-
-WORKLOADS = {
-    "vision": Workload(
-        script="fashion_resnet.py",
-        options={
-            **{"epochs": 10, "batch-size": 128, "lr": 0.1},
-            **{"train-images": 60_000, "test-images": 10_000, "val-images": 10_000},
-        },
-        quick_options={"epochs": 2, "train-images": 512, "test-images": 500, "val-images": 500},
-    ),
-    "text": Workload(
-        script="minilm_newsgroups.py",
-        options={
-            **{"epochs": 3, "batch-size": 16, "lr": 5e-5, "max-tokens": 64},
-            **{"train-texts": 4_000, "test-texts": 7_528, "val-texts": 2_000},
-        },
-        quick_options={"epochs": 2, "max-tokens": 16, "train-texts": 64, "test-texts": 64, "val-texts": 64},
-    ),
-}
-
-
-def settings(name: str, *, quick: bool, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs must have in common to be compared, as plain data; options that a workload has not are not changed."""
-    workload = WORKLOADS[name]
-    options = {**workload.options, **(workload.quick_options if quick else {})}
-    options |= {key: value for key, value in changed.items() if key in options and value is not None}
-    threads = max(len(os.sched_getaffinity(0)) // workload.num_ranks, 1)
-    return {**asdict(workload), "options": options, "quick_options": None, "threads_per_rank": threads}
-
-
-def command(policy: str, chosen: Mapping[str, Any], seed: int, *, folder: Path, name: str) -> list[str]:
-    """The command line of one run. Its script is the gate, whose script is the example."""
-    # A port of its own and a static rendezvous: torch's dynamic one takes a launcher that was stopped for one that is dead.
-    launch = ["--master-port", str(_free_port()), "--nproc-per-node", str(chosen["num_ranks"])]
-    script = [str(Path(epoch_gate.__file__)), str(ROOT / "examples" / chosen["script"]), "--seed", str(seed)]
-    for option, value in chosen["options"].items():
-        script += [f"--{option}", str(value)]
-    script += ["--json-out", str(folder / f"{name}.json")]
-    if policy in (PLAIN, PACE):
-        return [sys.executable, "-m", "torch.distributed.run", *launch, *script, "--stock-ddp"]
-    ours = ["--policy", policy.removesuffix(CACHE), "--cache", "auto" if policy.endswith(CACHE) else "off"]
-    ours += ["--hang-timeout", "0", "--run-dir", str(folder / name)]  # stopped is not hung
-    return [sys.executable, "-m", "kgtrun", *launch, *ours, *script]
-
-
-def environment(chosen: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """The same for all runs: nothing of ours but where the data is, and the same threads a rank under both launchers."""
-    kept = {k: v for k, v in environ.items() if not k.startswith("KGTRUN_") or k in KEPT_VARIABLES}
-    return {**kept, "OMP_NUM_THREADS": str(chosen["threads_per_rank"])}
-
-
-def run_name(workload: str, policy: str, seed: int) -> str:
-    """A file name of it."""
-    return f"{workload}-{''.join(c if c.isalnum() or c in '+-.' else '_' for c in policy)}-seed{seed}"
-
-
-def run_heat(workload: str, policies: Sequence[str], seed: int, chosen: Mapping[str, Any], folder: Path) -> list[str]:
-    """Run the policies of one workload and seed in turns; each that ends well is added to the file of finished runs.
-
-    Returns:
-        What failed, as messages: a run that fails leaves the others going.
-    """
-    failures: list[str] = []
-    if PLAIN not in policies:
-        policies = [PACE, *policies]
-    heat = f"{workload}-{seed}-{os.getpid()}-{'_'.join(policies)}"
-    names = {policy: run_name(workload, policy, seed) for policy in policies}
-    with ExitStack() as stack:
-        jobs: dict[str, Job] = {}
-        for policy, name in names.items():
-            shutil.rmtree(folder / name, ignore_errors=True)  # events of an attempt that was cut off
-            jobs[policy] = stack.enter_context(
-                Job(
-                    command(policy, chosen, seed, folder=folder, name=name),
-                    env=environment(chosen, os.environ),
-                    cwd=folder,
-                    log=folder / f"{name}.log",
-                    turn_timeout_s=chosen["turn_timeout_s"],
-                )
-            )
-        turn_number, pace = 0, jobs.get(PACE)
-        while set(jobs) - {PACE}:
-            for policy in order_of_round(list(jobs), turn_number):
-                if policy == PACE and turn_number not in _pace_rounds(chosen["options"]["epochs"]):
-                    continue
-                while (folder / "hold").exists():
-                    time.sleep(1)
-                job = jobs[policy]
-                try:
-                    turn = job.turn()
-                except JobFailed as failure:
-                    failures.append(str(failure))
-                    print(failure, flush=True)
-                    jobs.pop(policy).close()
-                    continue
-                print(
-                    f"{names[policy]}  {turn.place:>5}  wall {turn.wall_s:7.1f} s  CPU {turn.cpu_s:7.1f} s", flush=True
-                )
-                if job.ended:
-                    jobs.pop(policy).close()
-                    result = json.loads((folder / f"{names[policy]}.json").read_text())
-                    run_log.add(
-                        folder / "runs.jsonl",
-                        {
-                            **{"workload": workload, "policy": policy, "seed": seed, "heat": heat},
-                            **{"settings": dict(chosen), "commit": commit(), "arithmetic": arithmetic()},
-                            **(
-                                {"pace": [asdict(t) for t in pace.turns]}
-                                if pace and len(pace.turns) > PACE_EPOCHS
-                                else {}
-                            ),
-                            **{"turns": [asdict(t) for t in job.turns], "result": result},
-                        },
-                    )
-            turn_number += 1
-    return failures
 
 
 def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> list[Record]:
@@ -255,17 +119,6 @@ def parse_policies(text: str) -> list[str]:
         else:
             found.append(part)
     return found
-
-
-def _pace_rounds(epochs: int) -> tuple[int, ...]:
-    """Rounds in which the pace has a turn: its start, and epochs spread over the heat, the first where others begin, too."""
-    return (0, *(1 + i * epochs // PACE_EPOCHS for i in range(PACE_EPOCHS)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
