@@ -127,9 +127,9 @@ class Recorder:
         entry = {
             "step": step,
             "learning_rate": learning_rate,
-            "loss": _rounded(sum(self._losses) / max(len(self._losses), 1)),
-            "grad_norm": [_rounded(v) for v in norms],
-            **{name: [_rounded(v) for v in values] for name, values in signals.items()},
+            "loss": rounded(sum(self._losses) / max(len(self._losses), 1)),
+            "grad_norm": [rounded(v) for v in norms],
+            **{name: [rounded(v) for v in values] for name, values in signals.items()},
         }
         self._norms.zero_()
         self._losses.clear()
@@ -161,7 +161,7 @@ class Recorder:
         final = self._remembered[self.records[-1]["step"]]
         for entry in self.records:
             values = self._compare(self._remembered[entry["step"]], final)
-            entry["to_end"] = [_rounded(v) for v in values]
+            entry["to_end"] = [rounded(v) for v in values]
 
     def _compare(self, first: Similarities, second: Similarities) -> list[float | None]:
         return compare(self.names, first, second)
@@ -279,7 +279,7 @@ def write(trace: dict[str, Any], path: Path) -> None:
     path.write_text(f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
