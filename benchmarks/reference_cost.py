@@ -37,7 +37,7 @@ TOTAL_STEPS = 6_000
 """Of the job that is played: decides how often there is a decision, every 40 steps."""
 INTERVAL = TOTAL_STEPS // 150
 SHORT_STEPS = 200
-NEVER = "kgt:tolerance=1e-9"
+NEVER = "kgt:tolerance=1e-9,late_tolerance=1e-9"
 _IDLE_S = 0.4
 _IDLE_BOUND_S = 60.0
 
