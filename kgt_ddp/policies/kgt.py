@@ -51,8 +51,8 @@ LONG_PATIENCE: Final = 24
 """Where the learning rate is not falling, or nobody knows it: nothing but time tells an end from a lull there."""
 LATE: Final = 0.25
 """The sum of the rates of all steps to come over that of the steps so far. Under a cosine that is at 0.53 of the job, under
-a linear decay at 0.61. Branches of one training lost 0.25 points where blocks were frozen from 0.3 of the job on, and nothing
-where three were frozen at 0.45, six at 0.55 and eight at 0.6 (docs/policy.md)."""
+a linear decay at 0.61. Branches of a small job lost 0.25 points where blocks were frozen from 0.3 of it on, and nothing where
+two were frozen at 0.45, five at 0.55 and seven at 0.6; those of a larger one 0.2 (docs/policy.md)."""
 LATE_IN_FRONT: Final = 0.6
 """Times the share of the blocks behind, where that is more than `LATE`: of ten blocks the first is late at 0.43 of the job
 under a cosine, the third at 0.46, the sixth and all behind it at 0.53."""

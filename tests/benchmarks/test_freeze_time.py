@@ -46,8 +46,8 @@ def run(seed: int, accuracy: float) -> dict[str, Any]:
 def test_plans_are_compared_with_the_training_of_their_seed(capsys: pytest.CaptureFixture[str]) -> None:
     summarise([run(0, 89.5), run(1, 89.9), run(2, 89.7)]).publish(quick=True)
     figures = json.loads(capsys.readouterr().out)
-    assert figures["late_accuracy_change"] == pytest.approx(-0.3)
-    assert figures["early_loss_change"] == pytest.approx(-0.05)
+    assert figures["linear_accuracy_change"] == pytest.approx(-0.3)
+    assert figures["front_loss_change"] == pytest.approx(-0.05)
     assert figures["num_seeds"] == 3
 
 
