@@ -3,11 +3,8 @@
     python -m benchmarks.record_traces --workload resnet --schedule cosine --out resnet-cosine.json
     python -m benchmarks.record_traces --workload resnet --schedule cosine --policy kgt --out closed-loop.json
 
-A trace is one JSON object. `records` has one entry a decision: step, learning rate, mean loss since the last one, L1 norm
-of each block's gradient summed over the steps since the last one, and plasticity between two bf16 snapshots on a
-retained probe in evaluation mode, for the distances `lag_steps`, twice and four times that; as a reference process would
-answer them. `to_end` is the distance to the weights that the job ended with, which no policy can know. `accuracy` and
-`held_out_loss` are those of held-out samples at the end.
+What a trace holds is in `benchmarks.traces`. Plasticity is that between two bf16 snapshots on a retained probe in evaluation
+mode, as a reference process would answer it.
 
 Without `--policy` nothing is frozen. With it the policy's decisions are carried out: frozen blocks get no gradient and
 stay in evaluation mode. Blocks are those that the runtime makes of the model. `--reinit BLOCK@STEP` gives a block fresh
@@ -19,7 +16,6 @@ One thread; a run takes two minutes of a core with the ResNet-20, and half a min
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.pairing_workloads import WORKLOADS, Workload
+from benchmarks.traces import SIGNALS, rounded, write
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.execution_order import watch
 from kgt_ddp.policies.kgt import LAG_INTERVALS
@@ -45,8 +42,6 @@ from kgt_ddp.reference.runner import Similarities, make_runner
 from kgt_ddp.reference.samples import sub_batch
 
 FLOOR_EVERY = 8
-SIGNALS = {"plasticity": 1, "plasticity_2": 2, "plasticity_4": 4}
-"""Signal to multiple of the lag."""
 JOBS: dict[str, dict[str, Any]] = {
     "resnet": {"learning_rate": 0.05, "batch_size": 32, "num_samples": 4_000, "epochs": 6}
     | {"num_probe": 64, "decisions": 150, "num_held_out": 2_000},
@@ -270,17 +265,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "wall_s": round(time.perf_counter() - started, 1),
         "records": recorder.records,
     }
-
-
-def write(trace: dict[str, Any], path: Path) -> None:
-    """One line a record, so that two traces can be compared by eye."""
-    head = json.dumps({k: v for k, v in trace.items() if k != "records"})
-    lines = ",\n".join(json.dumps(record, separators=(",", ":")) for record in trace["records"])
-    path.write_text(f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
-
-
-def rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
 
 
 def main() -> None:

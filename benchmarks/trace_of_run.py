@@ -2,8 +2,8 @@
 
     python -m benchmarks.trace_of_run RUN_DIR --out trace.json
 
-The trace is one of `benchmarks.record_traces`, with what a run records: step, learning rate and plasticity. It holds for
-another policy up to the run's own first freeze, and for the blocks that are not frozen beyond it; frozen ones score zero.
+The trace (`benchmarks.traces`) has what a run records: step, learning rate and plasticity. It holds for another policy up to
+the run's own first freeze, and for the blocks that are not frozen beyond it; frozen ones score zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record_traces import SIGNALS, rounded, write
+from benchmarks.traces import SIGNALS, rounded, write
 from kgt_ddp.policies.kgt import LAG_INTERVALS
 from kgtrun.contract.events import read_events
 
@@ -23,7 +23,7 @@ def trace_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Each decision with the scores that came since the one before; their mean where several ranks had one.
 
     Raises:
-        ValueError: no decision was recorded.
+        ValueError: no decision was recorded, or the interval changed, and with it the distances: a trace has one lag.
     """
     head: dict[str, Any] = {}
     names: list[str] = []
@@ -34,6 +34,8 @@ def trace_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             names = [block["name"] for block in event["blocks"]]
             head = {"policy": event["policy"], "blocks": names, "total_steps": event["total_steps"]}
             head |= {"interval": event["interval"], "lag_steps": LAG_INTERVALS * event["interval"]}
+        elif event["kind"] == "interval":
+            raise ValueError(f"the interval changed at step {event['step']}: only runs with one interval make a trace")
         elif event["kind"] == "score":
             scores.append(event)
         elif event["kind"] == "decision" and names:

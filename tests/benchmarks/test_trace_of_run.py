@@ -53,3 +53,8 @@ def test_a_folder_without_decisions_is_refused(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(SystemExit):
             main([str(folder), "--out", str(tmp_path / "trace.json")])
         assert says in capsys.readouterr().err
+
+
+def test_a_run_whose_interval_changed_is_refused() -> None:
+    with pytest.raises(ValueError, match="the interval changed at step 7"):
+        trace_of([BLOCKS, decision(5), {"kind": "interval", "step": 7, "was": 5, "interval": 10}, decision(15)])

@@ -71,9 +71,8 @@ def test_jobs_run_in_turns_and_each_pays_for_its_own(job: object, tmp_path: Path
     for mine in jobs:
         assert [turn.place for turn in mine.turns] == ["start", "0", "1", "2", "exit"]
         for turn in mine.turns[1:3]:
-            own_s = round(
-                turn.cpu_s - turn.reference_cpu_s, 2
-            )  # whole ticks of 10 ms: 0.67 - 0.38 is not 0.29 in binary
+            # In whole ticks of 10 ms: 0.67 - 0.38 is not 0.29 in binary.
+            own_s = round(turn.cpu_s - turn.reference_cpu_s, 2)
             assert 0.29 <= own_s < 1.5
             assert 0 < turn.reference_cpu_s <= turn.wall_s + 0.5
             assert turn.cpu_s <= 2 * turn.wall_s + 0.5

@@ -43,7 +43,7 @@ def test_a_block_that_still_owes_more_than_settled_ones_goes_when_little_of_the_
 
 
 def test_cosine_freezes_nothing_before_most_of_the_training_is_done_and_never_thaws():
-    """The sum of the rates to come is a quarter of that of the steps so far at .53, and half of it at .43."""
+    """The sum of the rates to come is a quarter of that of the steps so far at .53, and about half of it at .43."""
     found = replay("resnet-cosine", Kgt())
     assert 0.43 < found.first(1) < found.first(3) < found.first(6) < 0.62 and found.first(6) > 0.53
     frontiers = [frontier for _, frontier in found.moves]
