@@ -195,12 +195,20 @@ class Blocks:
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that do not train because of the frontier (not those that the user froze)."""
-        return [
-            p
-            for index, block in enumerate(self.blocks[: self.frontier])
+        return list(self._parameters_at(self.frontier).values())
+
+    def tensors_at(self, frontier: int) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, by qualified name, that stand still because of a frontier there."""
+        names = {name for block in self.blocks[:frontier] for name in block.buffers}
+        return {**self._parameters_at(frontier), **{n: b for n, b in self.model.named_buffers() if n in names}}
+
+    def _parameters_at(self, frontier: int) -> dict[str, nn.Parameter]:
+        return {
+            name: p
+            for index, block in enumerate(self.blocks[:frontier])
             for name, p in block.parameters
-            if id(p) not in self._user_frozen and block.shared.get(name, index) < self.frontier
-        ]
+            if id(p) not in self._user_frozen and block.shared.get(name, index) < frontier
+        }
 
     def shared_in_prefix(self) -> list[str]:
         """Names of parameters in the frozen prefix that still train through an active block; not those that the user froze."""

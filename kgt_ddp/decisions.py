@@ -147,6 +147,7 @@ class Decisions:
             policy=self._policy_spec,
             total_steps=self._given_steps,
             interval=self._interval,
+            weight_mean=getattr(self._policy, "weight_mean", 0.0),
             blocks=[
                 {"name": b.name, "parameters": b.num_parameters, "shared": list(b.shared)} for b in self._blocks.blocks
             ],

@@ -39,6 +39,7 @@ from kgt_ddp.policies.policy import Policy
 from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.step_clock import StepClock
+from kgt_ddp.weight_mean import WeightMean
 from kgtrun.contract import heartbeat
 from kgtrun.contract.events import EventWriter
 
@@ -94,7 +95,9 @@ class Freezing:
             events=events,
         )
         self._resumed: Mapping[str, Any] | None = None
-        self._freezer = PrefixFreezer(self.blocks, self.hook)
+        share = getattr(policy, "weight_mean", 0.0)
+        self._mean = WeightMean(self.blocks, share) if share else None
+        self._freezer = PrefixFreezer(self.blocks, self.hook, self._mean)
         self.guard = self._freezer.guard
         self._edge = self._freezer.edge
         self._saved = SavedTime()
@@ -164,6 +167,7 @@ class Freezing:
             "blocks": self.blocks.state_dict() if self.blocks.ordered else None,
             "reentrant_checkpoint": self._edge.reentrant,
             **self._decisions.state_dict(),
+            "weight_mean": self._mean.state_dict() if self._mean else None,
             "freezes": [dict(entry) for entry in self._applied],
             "reduced_bytes": list(self.hook.reduced_bytes),
             "dropped_bytes": list(self.hook.dropped_bytes),
@@ -219,6 +223,8 @@ class Freezing:
         self._applied = [dict(entry) for entry in shared["freezes"]]
         self.mask = Mask(0, len(self.blocks), state["generation"])
         self._begin_decisions()
+        if self._mean is not None and shared.get("weight_mean") and off is None:
+            self._mean.load_state_dict(shared["weight_mean"])
         same_policy = state["policy_spec"] == self._policy_spec
         self._decisions.load_state_dict(shared, same_policy=same_policy, step=self.clock.step)
         rank_0 = state["rank_0"][0] if "rank_0" in state else None
@@ -283,6 +289,8 @@ class Freezing:
     def _step_ended(self) -> None:
         self.guard.step_ended()
         self._decisions.step_ended(self.clock.step)
+        if self._mean is not None:
+            self._mean.note(self.clock.step, lambda: learning_rate(self._optimizers))
         self._saved.step_ended(time.monotonic(), frozen=self.mask.frontier > 0)
         heartbeat.beat(self.clock.step, frontier=self.mask.frontier, saved_s=self._saved.seconds)
 
@@ -333,7 +341,7 @@ class Freezing:
         """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
         started = time.perf_counter()
         old = self.mask.frontier
-        self._freezer.apply(self._wrapper, mask.frontier, list(self._optimizers))
+        self._freezer.apply(self._wrapper, mask.frontier, list(self._optimizers), again=resumed)
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})

@@ -1,8 +1,9 @@
 """Puts a frontier into effect on one wrapper: the one place where a mask becomes reality.
 
-In order: the blocks freeze or lift; buffers that now stop being broadcast are made equal on all ranks (a collective, by
-`agreement`); DDP is told to leave them out; it gets a new reducer for what is live; hook, guard and edge follow. All ranks
-must be here together, with no gradient of the step recorded.
+In order: the blocks freeze or lift; what freezes is put to the mean of its weights, where the policy wants that; this, and
+buffers that now stop being broadcast, are made equal on all ranks (a collective, by `agreement`; machines of different kinds
+may have rounded a mean differently); DDP is told to leave the buffers out; it gets a new reducer for what is live; hook,
+guard and edge follow. All ranks must be here together, with no gradient of the step recorded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -19,25 +22,43 @@ from kgt_ddp.blocks import Blocks
 from kgt_ddp.comm_hook import FreezeHookState
 from kgt_ddp.optimizer_guard import OptimizerGuard
 from kgt_ddp.prefix_edge import PrefixEdge
+from kgt_ddp.weight_mean import WeightMean
 
 logger = logging.getLogger(__name__)
 
 
 class PrefixFreezer:
-    """See the module docstring."""
+    """See the module docstring.
 
-    def __init__(self, blocks: Blocks, hook: FreezeHookState) -> None:
+    Args:
+        blocks: the partition.
+        hook: told what no longer trains.
+        mean: where blocks are put as they freeze; None: they stay as they are.
+    """
+
+    def __init__(self, blocks: Blocks, hook: FreezeHookState, mean: WeightMean | None) -> None:
         self.guard = OptimizerGuard()
         self.edge = PrefixEdge()
         self._blocks = blocks
         self._hook = hook
+        self._mean = mean
         self._ignored_by_us: set[str] = set()
 
-    def apply(self, ddp: DistributedDataParallel, frontier: int, optimizers: Iterable[Optimizer]) -> None:
-        """Freeze the first `frontier` blocks of `ddp`. `optimizers`: those known to own parameters of the model."""
+    def apply(
+        self, ddp: DistributedDataParallel, frontier: int, optimizers: Iterable[Optimizer], *, again: bool
+    ) -> None:
+        """Freeze the first `frontier` blocks of `ddp`.
+
+        Args:
+            optimizers: those known to own parameters of the model.
+            again: these blocks were frozen before the job stopped; their weights are those of the checkpoint.
+        """
         old = self._blocks.frontier
         self._blocks.move_to(frontier)
-        equalise(ddp.process_group, self._blocks.buffers_between(old, frontier), ddp.broadcast_bucket_size)
+        equal = self._blocks.buffers_between(old, frontier)
+        if self._mean is not None and not again:
+            equal = self._put_to_mean(self._mean, old) + equal
+        equalise(ddp.process_group, equal, ddp.broadcast_bucket_size)
         self._leave_out_buffers(ddp)
         frozen = self._blocks.frozen_parameters()
         torch_private.rebuild_reducer(ddp)
@@ -48,6 +69,17 @@ class PrefixFreezer:
         shared = self._blocks.shared_in_prefix()
         if shared:
             logger.info("%s still trains: an active block uses it too", ", ".join(shared))
+
+    def _put_to_mean(self, mean: WeightMean, old: int) -> list[torch.Tensor]:
+        """What froze since the frontier was `old`; returns its parameters, the same on all ranks whatever their means are."""
+        if self._blocks.frontier < old:
+            mean.begin_anew()
+            return []
+        before = self._blocks.tensors_at(old)
+        now = self._blocks.tensors_at(self._blocks.frontier)
+        fresh = {name: tensor for name, tensor in now.items() if name not in before}
+        mean.put(fresh)
+        return [tensor for tensor in fresh.values() if isinstance(tensor, nn.Parameter)]
 
     def _leave_out_buffers(self, ddp: DistributedDataParallel) -> None:
         """Frozen buffers leave DDP's broadcast; names that the user has DDP ignore are not ours to give back."""

@@ -32,6 +32,7 @@ class GradNorm:
     signals: ClassVar[tuple[str, ...]] = ("grad_norm",)
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = 0
+    weight_mean: ClassVar[float] = 0.0
     _sums: list[float | None] | None = field(default=None, init=False)
     _before: list[float | None] | None = field(default=None, init=False)
     _end: int | None = field(default=None, init=False)

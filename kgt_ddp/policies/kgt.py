@@ -74,10 +74,13 @@ class Kgt:
     Args:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
         late_tolerance: the same, where little of the training is left.
+        weight_mean: age of the mean of its weights that a block is put to as it freezes, as a share of the steps so far
+            (`kgt_ddp.weight_mean`); 0: it stays as it is.
     """
 
     tolerance: float = 0.004
     late_tolerance: float = 0.02
+    weight_mean: float = 0.1
     signals: ClassVar[tuple[str, ...]] = ("plasticity", "plasticity_2", "plasticity_4", "floor")
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = MIN_STEPS
@@ -94,6 +97,8 @@ class Kgt:
         for name in ("tolerance", "late_tolerance"):
             if not 0.0 < (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"kgt: {name}={value} must be between 0 and 1")
+        if not 0.0 <= self.weight_mean < 1.0:
+            raise ValueError(f"kgt: weight_mean={self.weight_mean} must be at least 0 and below 1")
 
     def decide(self, observation: Observation) -> Decision:
         event = self._rate.note(observation.step, observation.learning_rate)

@@ -42,6 +42,7 @@ class KgtPaper:
     signals: ClassVar[tuple[str, ...]] = ("plasticity",)
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = 0
+    weight_mean: ClassVar[float] = 0.0
     _lag_steps: int | None = field(default=None, init=False)
     _window_now: int = field(default=0, init=False)
     _series: list[list[float]] = field(default_factory=list, init=False)

@@ -70,6 +70,12 @@ class Policy(Protocol):
     """A job known to have no more optimizer steps than this is not listened to: the policy would change nothing in it.
     An object without this attribute always listens."""
 
+    @property
+    def weight_mean(self) -> float:
+        """A block that freezes is put to the mean of its weights, of an age of this share of the steps so far
+        (`kgt_ddp.weight_mean`); 0, or without this attribute: it stays as it is."""
+        ...
+
     def decide(self, observation: Observation) -> Decision: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -83,6 +89,7 @@ class Schedule:
     signals: ClassVar[tuple[str, ...]] = ()
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = 0
+    weight_mean: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {}

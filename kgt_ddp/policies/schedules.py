@@ -70,9 +70,11 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Replay(Schedule):
-    """The frontiers of a recorded run: `timetable` holds (step of apply, frontier), in order of steps."""
+    """The frontiers of a recorded run: `timetable` holds (step of apply, frontier), in order of steps; `weight_mean` is
+    that of its policy."""
 
     timetable: Sequence[tuple[int, int]]
+    weight_mean: float = 0.0
 
     def decide(self, observation: Observation) -> Decision:
         past = [(step, frontier) for step, frontier in self.timetable if step <= observation.apply_step]

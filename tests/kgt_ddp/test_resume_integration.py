@@ -21,7 +21,7 @@ STEPS = 26
 
 def fresh(make=SmallResNet, optimizer="sgd"):
     torch.manual_seed(3)
-    ddp = FreezeAwareDDP(make(), policy=Replay(MOVES), interval=3)
+    ddp = FreezeAwareDDP(make(), policy=Replay(MOVES, weight_mean=0.5), interval=3)
     return ddp, OPTIMIZERS[optimizer](ddp.parameters())
 
 
