@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -55,9 +53,8 @@ class PrefixFreezer:
         """
         old = self._blocks.frontier
         self._blocks.move_to(frontier)
-        equal = self._blocks.buffers_between(old, frontier)
-        if self._mean is not None and not again:
-            equal = self._put_to_mean(self._mean, old) + equal
+        written = self._mean.moved_from(old) if self._mean is not None and not again else []
+        equal = [*written, *self._blocks.buffers_between(old, frontier)]
         equalise(ddp.process_group, equal, ddp.broadcast_bucket_size)
         self._leave_out_buffers(ddp)
         frozen = self._blocks.frozen_parameters()
@@ -69,17 +66,6 @@ class PrefixFreezer:
         shared = self._blocks.shared_in_prefix()
         if shared:
             logger.info("%s still trains: an active block uses it too", ", ".join(shared))
-
-    def _put_to_mean(self, mean: WeightMean, old: int) -> list[torch.Tensor]:
-        """What froze since the frontier was `old`; returns its parameters, the same on all ranks whatever their means are."""
-        if self._blocks.frontier < old:
-            mean.begin_anew()
-            return []
-        before = self._blocks.tensors_at(old)
-        now = self._blocks.tensors_at(self._blocks.frontier)
-        fresh = {name: tensor for name, tensor in now.items() if name not in before}
-        mean.put(fresh)
-        return [tensor for tensor in fresh.values() if isinstance(tensor, nn.Parameter)]
 
     def _leave_out_buffers(self, ddp: DistributedDataParallel) -> None:
         """Frozen buffers leave DDP's broadcast; names that the user has DDP ignore are not ours to give back."""

@@ -66,17 +66,25 @@ class WeightMean:
         self._means, self._mass = {}, 0.0
 
     @torch.no_grad()
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write their means into `tensors` (by qualified name), which freeze now, and give the means up. Where one is not
-        finite, none is written."""
-        means = {name: mean for name in tensors if (mean := self._means.pop(name, None)) is not None}
-        if not all(bool(torch.isfinite(mean).all()) for mean in means.values()):
-            logger.warning(
-                "weights were not finite lately: blocks freeze as they are, not at the mean of their weights"
-            )
-            return
-        for name, mean in means.items():
-            tensors[name].copy_(mean)
+    def moved_from(self, old: int) -> list[nn.Parameter]:
+        """The frontier has moved, it was `old`. What froze is put to its mean, which is given up; where a mean is not
+        finite, everything stays as it is. Where blocks thawed, all means begin anew.
+
+        Returns:
+            The parameters that froze, written or not: the same on all ranks.
+        """
+        if self._blocks.frontier < old:
+            self.begin_anew()
+            return []
+        still = self._blocks.tensors_at(old)
+        froze = {name: t for name, t in self._blocks.tensors_at(self._blocks.frontier).items() if name not in still}
+        means = {name: mean for name in froze if (mean := self._means.pop(name, None)) is not None}
+        if all(bool(torch.isfinite(mean).all()) for mean in means.values()):
+            for name, mean in means.items():
+                froze[name].copy_(mean)
+        else:
+            logger.warning("weights were not finite lately: blocks freeze as they are, not at the mean of their weights")
+        return [tensor for tensor in froze.values() if isinstance(tensor, nn.Parameter)]
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and CPU tensors."""

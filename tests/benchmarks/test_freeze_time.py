@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.freeze_time import PLANS, Branches, Job, ResNet, finished_runs, freeze, summarise
+from benchmarks.freeze_time import PLANS, Branches, Job, Plan, ResNet, Training, finished_runs, summarise
 
-TINY = Job(num_train=64, num_held_out=32, epochs=2, batch_size=16, width=2)
+TINY = Job(num_train=64, num_held_out=32, epochs=2, batch_size=4, width=2)
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +21,31 @@ def branches() -> Branches:
 
 
 def test_a_branch_in_which_nothing_freezes_is_the_training_itself(branches: Branches) -> None:
-    found = branches.run({"never": ((0.4, 0), (2.0, 8)), "all": ((0.4, 8),), "mid-epoch": ((0.7, 0),)})
+    found = branches.run(
+        {
+            "never": Plan(((0.4, 0), (2.0, 8))),
+            "all": Plan(((0.4, 8),)),
+            "all once more": Plan(((0.4, 8),)),
+            "all at their mean": Plan(((0.4, 8),), at_mean=True),
+            "mid-epoch": Plan(((0.7, 0),)),
+        }
+    )
     assert found["never"] == found["plain"] == found["mid-epoch"] | {"train_loss": found["plain"]["train_loss"]}
-    assert found["all"] != found["plain"]
+    assert found["all"] == found["all once more"] != found["plain"]
+    assert found["all at their mean"] != found["all"]
 
 
 def test_what_is_frozen_gets_no_gradient_and_keeps_its_statistics() -> None:
     net = ResNet(blocks_per_stage=3, width=2)
-    net.train()
-    freeze(net, 4)
+    images = torch.randn(4, 1, 8, 8)
+    training = Training(net, 0.1, images)
+    training.freeze(4, at_mean=False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    net(torch.randn(4, 1, 8, 8)).sum().backward()
+    training.step(0, 0.1, images, torch.arange(4))
     moved = {name.split(".")[0] for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"stage2", "stage3"}
-    assert {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None} == {*moved, "head"}
+    assert moved == {"stage2", "stage3", "head"}
+    without = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is None}
+    assert without == {"stem", "stage1", "stage2"}  # stage2.0 is the fourth block
 
 
 def run(seed: int, accuracy: float) -> dict[str, Any]:
@@ -54,5 +65,7 @@ def test_plans_are_compared_with_the_training_of_their_seed(capsys: pytest.Captu
 def test_finished_seeds_of_the_same_size_are_taken_up(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     other = run(1, 89.0) | {"job": asdict(Job())}
-    path.write_text(f"\n{json.dumps(run(0, 89.0))}\n{json.dumps(other)}\n{{torn")
+    fewer_plans = run(2, 89.0)
+    del fewer_plans["found"]["linear"]
+    path.write_text("\n" + "\n".join(json.dumps(one) for one in (run(0, 89.0), other, fewer_plans)) + "\n{torn")
     assert list(finished_runs(path, TINY)) == [0]

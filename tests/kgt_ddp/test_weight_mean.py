@@ -37,16 +37,12 @@ def run(model, mean, values, *, rate=lambda step: RATE, begin=0):
         mean.note(step, lambda step=step: rate(step))
 
 
-def frozen_at(blocks, frontier):
-    """The first blocks' tensors, as they are when they have been put to their mean."""
-    return {name: tensor.detach() for name, tensor in blocks.tensors_at(frontier).items()}
-
-
 def put(blocks, mean, frontier):
-    before = blocks.tensors_at(blocks.frontier)
+    """Freeze; what stands still then, by name."""
+    old = blocks.frontier
     blocks.move_to(frontier)
-    mean.put({name: tensor for name, tensor in blocks.tensors_at(frontier).items() if name not in before})
-    return frozen_at(blocks, frontier)
+    mean.moved_from(old)
+    return {name: tensor.detach() for name, tensor in blocks.tensors_at(frontier).items()}
 
 
 def only_value(tensor):
