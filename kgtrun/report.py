@@ -74,7 +74,8 @@ def _freezes(events: list[Event]) -> str:
     applied = _of_first_rank(events, ("apply", "resume"))
     if not applied:
         return "No block was frozen."
-    lines = ["Frozen front blocks, and why:"]
+    at_mean = (_first(events, "blocks") or {}).get("weight_mean")
+    lines = [f"Frozen front blocks{', each at the mean of its last weights,' if at_mean else ','} and why:"]
     for event in applied:
         decision = _decision_for(events, event)
         why = "resumed from a checkpoint" if event["kind"] == "resume" else (decision or {}).get("reason", "")

@@ -8,7 +8,7 @@ from kgtrun.contract.events import EventWriter
 from kgtrun.report import main, report
 
 
-def recorded(root, *, freezes=True, total_steps=100):
+def recorded(root, *, freezes=True, total_steps=100, weight_mean=0.0):
     for rank in (0, 1):
         writer = EventWriter.for_process(root, role="trainer", index=rank)
         writer.write(
@@ -16,6 +16,7 @@ def recorded(root, *, freezes=True, total_steps=100):
             policy="linear",
             total_steps=total_steps,
             interval=5,
+            weight_mean=weight_mean,
             blocks=[{"name": "stem"}, {"name": "head"}],
         )
         if freezes:
@@ -49,6 +50,13 @@ def test_a_report_says_what_froze_when_and_why_and_what_it_saved(tmp_path):
     assert "1 MB of 4 MB (25%), counted" in text
     assert "about 12.3 s, estimated" in text
     assert "applying 1 masks: 4 ms" in text
+
+
+def test_it_says_that_blocks_froze_at_the_mean_of_their_weights(tmp_path):
+    recorded(tmp_path)
+    assert "Frozen front blocks, and why" in report(tmp_path)
+    recorded(tmp_path / "at-mean", weight_mean=0.1)
+    assert "Frozen front blocks, each at the mean of its last weights, and why" in report(tmp_path / "at-mean")
 
 
 def test_a_run_that_was_started_again_is_told_by_its_last_end(tmp_path):
