@@ -88,6 +88,32 @@ def test_a_frozen_prefix_does_not_move_and_its_backward_is_profiled():
     assert sum(seconds) > 0
 
 
+def test_a_running_mean_stays_on_the_device_and_goes_through_a_checkpoint():
+    from kgt_ddp.blocks import Blocks
+    from kgt_ddp.weight_mean import WeightMean
+
+    ends = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        net = SmallResNet().to(device)
+        blocks = Blocks(net)
+        mean, later = (WeightMean(blocks, 0.5) for _ in range(2))
+        for step in (10, 20):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(1.5)
+            mean.note(step, lambda: 0.1)
+        state = mean.state_dict()
+        assert {t.device.type for t in state["means"].values()} == {"cpu"}
+        later.load_state_dict(state)
+        blocks.move_to(2)
+        later.moved_from(0)
+        ends.append({name: t.detach() for name, t in blocks.tensors_at(2).items()})
+        assert {t.device.type for t in ends[-1].values()} == {device}
+    for name, expected in ends[0].items():
+        torch.testing.assert_close(ends[1][name].cpu(), expected)
+
+
 def test_weights_arrive_in_shared_memory():
     model = SmallResNet().cuda()
     tensors = named_tensors(model)
