@@ -135,7 +135,8 @@ class WeightMean:
             weights = [name for name in known if isinstance(present[name], nn.Parameter)]
             if weights:
                 apart = torch._foreach_sub([self._means[n] for n in weights], [tensors[n] for n in weights])
-                self._distances[block.name].append(torch.stack(torch._foreach_norm(apart)).norm())
+                norms = torch._foreach_norm(apart)  # a block may lie on several devices
+                self._distances[block.name].append(torch.stack([norm.to(norms[0].device) for norm in norms]).norm())
             if known:
                 share = (1.0 - kept) / self._mass
                 torch._foreach_lerp_([self._means[n] for n in known], [tensors[n] for n in known], share)

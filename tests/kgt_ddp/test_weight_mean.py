@@ -30,8 +30,8 @@ def fill(model, value):
                 tensor.fill_(value)
 
 
-def run(model, mean, values, *, rate=lambda step: RATE, begin=0):
-    """`values(step)` is what all weights are after that step."""
+def run(model, mean, values, *, rate=lambda step: RATE):
+    """`values[step]` is what all weights are after that step."""
     for step in values:
         fill(model, values[step])
         mean.note(step, lambda step=step: rate(step))
