@@ -32,8 +32,7 @@ from torch.nn import functional
 from benchmarks import run_log
 from benchmarks.harness import Figures, parser
 from benchmarks.machine import ROOT, commit
-from kgt_ddp.blocks import Blocks
-from kgt_ddp.execution_order import watch
+from benchmarks.ordered_blocks import ordered_blocks
 from kgt_ddp.policies.kgt import Kgt
 from kgt_ddp.weight_mean import WeightMean
 
@@ -108,12 +107,7 @@ class Training:
     def __init__(self, net: ResNet, learning_rate: float, example: Tensor) -> None:
         self.net = net
         self._optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=0.9, weight_decay=5e-4)
-        self._blocks = Blocks(net)
-        net.eval()
-        with watch(net) as order:
-            net(example)
-        net.train()
-        self._blocks.order_by(order)
+        self._blocks = ordered_blocks(net, example)
         self._mean = WeightMean(self._blocks, Kgt.weight_mean)
 
     def freeze(self, frontier: int, *, at_mean: bool) -> None:

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.ordered_blocks import ordered_blocks
 from benchmarks.pairing_workloads import WORKLOADS, Workload
 from benchmarks.traces import SIGNALS, rounded, write
-from kgt_ddp.blocks import Blocks
-from kgt_ddp.execution_order import watch
 from kgt_ddp.policies.kgt import LAG_INTERVALS
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.policy_spec import parse_policy
@@ -88,12 +87,7 @@ class Recorder:
         self, job: Workload, *, interval: int, total_steps: int, num_probe: int, policy: Policy | None
     ) -> None:
         self._probe = sub_batch(*job.call(torch.arange(num_probe)), num_probe)
-        self.blocks = Blocks(job.net)
-        job.net.eval()
-        with torch.no_grad(), watch(job.net) as order:
-            job.net(*self._probe.args, **self._probe.kwargs)
-        job.net.train()
-        self.blocks.order_by(order)
+        self.blocks = ordered_blocks(job.net, *self._probe.args, **self._probe.kwargs)
         self.names = [block.name for block in self.blocks.blocks]
         watched = [block.name for block in self.blocks.blocks if block.unit is not None]
         structure = pickled_structure(job.net)
