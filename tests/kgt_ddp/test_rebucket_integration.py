@@ -19,6 +19,7 @@ from kgt_ddp.comm_hook import FreezeHookState, freeze_hook
 from kgt_ddp.errors import FreezingUnsupportedError, PolicyError
 from kgt_ddp.optimizer_guard import OptimizerGuard
 from kgt_ddp.policies.schedules import Replay
+from tests import shared_memory
 from tests.kgt_ddp.networks import SmallResNet
 from tests.kgt_ddp.training import OPTIMIZERS, differing, image_batch, snapshot, train
 
@@ -79,14 +80,14 @@ def sixty_changes(rank, world):
     moves = [(3 + 3 * i, 1 + i % 3) for i in range(60)]
     ddp = wrapper(Replay(moves))
     optimizer = OPTIMIZERS["sgd"](ddp.parameters())
-    shm = set(os.listdir("/dev/shm"))
+    before = shared_memory.names()
     counts = []
     for step in range(186):
         train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
         if step in (30, 90, 185):
             gc.collect()
             counts.append((len(gc.get_objects()), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
-    return counts, len(ddp.freezing.summary()["freezes"]), sorted(set(os.listdir("/dev/shm")) - shm)
+    return counts, len(ddp.freezing.summary()["freezes"]), shared_memory.left_since(before)
 
 
 def test_sixty_changes_leak_no_object_descriptor_or_thread(run_ranks):

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import shared_memory
+
 TAG = "KGTRUN_TEST_TAG"
 
 
@@ -104,12 +106,11 @@ def runs(tmp_path: Path):
     """Runs of one test; at its end nothing of them may be left."""
     (tmp_path / "tmp").mkdir()
     made = Runs(tmp_path, tag=f"{os.getpid()}-{tmp_path.name}")
-    shm = set(os.listdir("/dev/shm"))
+    before = shared_memory.names()
     yield made
     try:
         made.assert_nothing_left()
-        ours = [n for n in set(os.listdir("/dev/shm")) - shm if n.startswith(("kgtrun", "torch_"))]
-        assert ours == []
+        assert shared_memory.left_since(before) == []
     finally:
         for process in made.left():
             process.kill()

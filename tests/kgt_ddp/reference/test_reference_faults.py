@@ -21,6 +21,7 @@ from kgt_ddp.reference import protocol
 from kgt_ddp.reference.arena import memory_file, payload_file
 from kgt_ddp.reference.client import ReferenceClient
 from kgt_ddp.reference.samples import Samples
+from tests import shared_memory
 
 pytestmark = pytest.mark.integration
 
@@ -465,7 +466,7 @@ while time.monotonic() < end:
 
 
 def test_trainers_killed_in_the_middle_leave_nothing_in_the_reference(shared_reference, tools):
-    shared_memory = set(os.listdir("/dev/shm"))
+    names = shared_memory.names()
     before = shared_reference.descriptors()
     other = offered(shared_reference, tools.small_net(), ["0"])
     command = [sys.executable, "-c", TRAINER, str(shared_reference.directory)]
@@ -477,4 +478,4 @@ def test_trainers_killed_in_the_middle_leave_nothing_in_the_reference(shared_ref
     assert scores_again(other, 0, tools)
     other.close()
     tools.until(lambda: shared_reference.descriptors() == before, 20)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert shared_memory.left_since(names) == []
