@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kgt_ddp.policies.policy import Decision, Observation
+from kgt_ddp.policies.policy import Decision, Observation, check_weight_mean
 
 UNKNOWN_LENGTH_STEPS = 200
 """Interval of a job whose length is not known."""
@@ -26,13 +26,13 @@ UNKNOWN_LENGTH_STEPS = 200
 
 @dataclass(kw_only=True)
 class GradNorm:
-    """See the module. `intervals`: how many make up a job of known length."""
+    """See the module. `intervals`: how many make up a job of known length; `weight_mean`: that of `Policy`, 0 in AutoFreeze."""
 
     intervals: int = 20
+    weight_mean: float = 0.0
     signals: ClassVar[tuple[str, ...]] = ("grad_norm",)
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = 0
-    weight_mean: ClassVar[float] = 0.0
     _sums: list[float | None] | None = field(default=None, init=False)
     _before: list[float | None] | None = field(default=None, init=False)
     _end: int | None = field(default=None, init=False)
@@ -40,6 +40,7 @@ class GradNorm:
     def __post_init__(self) -> None:
         if self.intervals < 2:
             raise ValueError(f"gradnorm: intervals={self.intervals} must be at least 2")
+        check_weight_mean("gradnorm", self.weight_mean)
 
     def decide(self, observation: Observation) -> Decision:
         norms = observation.signals.get("grad_norm", (None,) * observation.num_blocks)

@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Final
 from kgt_ddp.policies.cost import job_steps, pays, steps_to_come
 from kgt_ddp.policies.cut_history import CutHistory, Outlook
 from kgt_ddp.policies.learning_rate import RateWatch
-from kgt_ddp.policies.policy import Decision, Observation
+from kgt_ddp.policies.policy import Decision, Observation, check_weight_mean
 from kgt_ddp.policies.scores import Scores, visible
 
 LAG_INTERVALS: Final = 2
@@ -97,8 +97,7 @@ class Kgt:
         for name in ("tolerance", "late_tolerance"):
             if not 0.0 < (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"kgt: {name}={value} must be between 0 and 1")
-        if not 0.0 <= self.weight_mean < 1.0:
-            raise ValueError(f"kgt: weight_mean={self.weight_mean} must be at least 0 and below 1")
+        check_weight_mean("kgt", self.weight_mean)
 
     def decide(self, observation: Observation) -> Decision:
         event = self._rate.note(observation.step, observation.learning_rate)

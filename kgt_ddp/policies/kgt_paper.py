@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from kgt_ddp.policies.policy import Decision, Observation
+from kgt_ddp.policies.policy import Decision, Observation, check_weight_mean
 from kgt_ddp.policies.series import known, moving_average, slope
 
 STILL_LEARNING = 0.1
@@ -34,15 +34,16 @@ class KgtPaper:
         window: evaluations that are smoothed, fitted and waited for.
         tolerance: share of the first slope under which a block counts as stationary.
         thaw: share of the learning rate at the freeze at which everything is thawed.
+        weight_mean: that of `Policy`; the paper leaves blocks as they are.
     """
 
     window: int = 10
     tolerance: float = 0.2
     thaw: float = 0.1
+    weight_mean: float = 0.0
     signals: ClassVar[tuple[str, ...]] = ("plasticity",)
     needs_total_steps: ClassVar[bool] = False
     shortest_job: ClassVar[int] = 0
-    weight_mean: ClassVar[float] = 0.0
     _lag_steps: int | None = field(default=None, init=False)
     _window_now: int = field(default=0, init=False)
     _series: list[list[float]] = field(default_factory=list, init=False)
@@ -57,6 +58,7 @@ class KgtPaper:
             raise ValueError(f"kgt-paper: window={self.window} must be at least 2")
         if not 0.0 < self.tolerance < 1.0 or not 0.0 < self.thaw < 1.0:
             raise ValueError(f"kgt-paper: tolerance={self.tolerance} and thaw={self.thaw} must be between 0 and 1")
+        check_weight_mean("kgt-paper", self.weight_mean)
         self._window_now = self.window
 
     def decide(self, observation: Observation) -> Decision:

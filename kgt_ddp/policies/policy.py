@@ -83,6 +83,12 @@ class Policy(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+def check_weight_mean(policy: str, share: float) -> None:
+    """Raises `ValueError` unless `share` can be a `Policy.weight_mean`."""
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"{policy}: weight_mean={share} must be at least 0 and below 1")
+
+
 class Schedule:
     """Base of policies that follow a timetable and therefore keep no state."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kgt_ddp.policies.policy import Decision, Observation, Schedule
+from kgt_ddp.policies.policy import Decision, Observation, Schedule, check_weight_mean
 
 
 class NeverFreeze(Schedule):
@@ -21,14 +21,16 @@ class NeverFreeze(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Schedule):
-    """`blocks` front blocks from `step` on."""
+    """`blocks` front blocks from `step` on; `weight_mean` as of `Policy`."""
 
     blocks: int
     step: int = 0
+    weight_mean: float = 0.0
 
     def __post_init__(self) -> None:
         if self.blocks < 0 or self.step < 0:
             raise ValueError(f"static: blocks={self.blocks} and step={self.step} must be at least 0")
+        check_weight_mean("static", self.weight_mean)
 
     def decide(self, observation: Observation) -> Decision:
         due = observation.apply_step >= self.step
@@ -42,12 +44,14 @@ class Linear(Schedule):
 
     The rule of MosaicML Composer's layer_freezing, by blocks instead of single layers. `moves` caps how often the
     frontier changes, because each change costs a compiled model one recompilation; None: at every block.
+    `weight_mean` is that of `Policy`; Composer leaves blocks as they are, and so does the default.
     """
 
     start: float = 0.25
     stop: float = 0.75
     fraction: float = 0.8
     moves: int | None = None
+    weight_mean: float = 0.0
     needs_total_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -57,6 +61,7 @@ class Linear(Schedule):
             raise ValueError(f"linear: fraction={self.fraction} must be above 0 and at most 1")
         if self.moves is not None and self.moves < 1:
             raise ValueError(f"linear: moves={self.moves} must be at least 1")
+        check_weight_mean("linear", self.weight_mean)
 
     def decide(self, observation: Observation) -> Decision:
         assert observation.total_steps is not None, "promised by needs_total_steps"

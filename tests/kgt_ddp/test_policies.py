@@ -63,6 +63,14 @@ def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
     assert parse_policy(f"replay:{tmp_path}") == Replay([(3, 1), (9, 2)])
 
 
+FREEZING = ("static:blocks=1,", "linear:", "gradnorm:", "kgt-paper:", "kgt:")
+
+
+@pytest.mark.parametrize("start", FREEZING)
+def test_every_policy_that_freezes_can_put_a_block_to_its_mean(start):
+    assert parse_policy(f"{start}weight_mean=0.25").weight_mean == 0.25
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -77,6 +85,7 @@ def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
         ("kgt-paper:window=1", "at least 2"),
         ("kgt:tolerance=2", "between 0 and 1"),
         ("kgt-paper:_booted=1", "its options: window=…, tolerance=…, thaw=…"),
+        *[(f"{name}weight_mean=1", "at least 0 and below 1") for name in FREEZING],
         ("replay:", "needs the directory"),
     ],
 )
