@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import time
 
-FOLDER = "/dev/shm"
-
 
 def names() -> set[str]:
-    return set(os.listdir(FOLDER))
+    return set(os.listdir("/dev/shm"))
 
 
 def left_since(before: set[str], timeout_s: float = 20) -> list[str]:
