@@ -4,10 +4,10 @@
 
 `vision`: a ResNet-20 on 45,000 images of Fashion-MNIST at half their size, 10 epochs, cosine. `text`: all-MiniLM-L6-v2
 fine-tuned on 4,000 texts of 20 Newsgroups, their first 64 tokens, 3 epochs, linear decay. It trains to the end in this
-process. From copies of its weights and momentum on the way it trains on with front blocks frozen at fixed steps (`PLANS`), as
-they are or at the mean of their weights, on the same batches in the same order. Each branch ends with its accuracy on samples
-that it did not train on, 25,000 images or 10,000 texts: the differences looked for are tenths of a point, which fewer
-hardly show.
+process. From copies of its weights and momentum on the way it trains on with front blocks frozen at fixed steps (`VISION`,
+`TEXT`), as they are or at the mean of their weights, on the same batches in the same order. Each branch ends with its
+accuracy on samples that it did not train on, 25,000 images or 10,000 texts: the differences looked for are tenths of a
+point, which fewer hardly show.
 
 Figures: `plain_accuracy_percent`; for each plan `NAME_accuracy_change` in points and `NAME_loss_change`, held-out, against
 the same seed's training without freezing; `NAME_train_loss_change`, of the last epoch.
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import freeze_workloads, run_log
-from benchmarks.freeze_workloads import Job, TextJob, VisionJob, Workload
+from benchmarks import run_log
+from benchmarks.freeze_workloads import Job, TextJob, VisionJob, Workload, text, vision
 from benchmarks.harness import Figures, parser
 from benchmarks.machine import ROOT, commit
 from benchmarks.ordered_blocks import ordered_blocks
@@ -68,15 +68,25 @@ TEXT = {
     "front": Plan(((0.72, 3), (0.76, 4))),
     "front_early": Plan(((0.30, 3),)),
 }
-"""`kgt` is what that policy does on MiniLM, whose seven blocks are six layers, the embeddings with the first, and the head; `front` what it did before it had
-a `late_tolerance`."""
-PLANS = {"vision": VISION, "text": TEXT}
+"""MiniLM has seven blocks: six layers, the embeddings with the first, and the head. `kgt` is what that policy does there,
+`front` what it did before it had a `late_tolerance`."""
 
-JOBS: dict[str, tuple[Job, Job]] = {
-    "vision": (VisionJob(), VisionJob(num_train=512, num_held_out=512, epochs=2, width=4)),
-    "text": (TextJob(), TextJob(num_train=64, num_held_out=32, epochs=1, max_tokens=16)),
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training."""
+
+    plans: Mapping[str, Plan]
+    load: Callable[[Any], Callable[[int], Workload]]
+    """Reads the data for a job; makes the workload of a seed."""
+    job: Job
+    quick: Job
+
+
+KINDS = {
+    "vision": Kind(VISION, vision, VisionJob(), VisionJob(num_train=512, num_held_out=512, epochs=2, width=4)),
+    "text": Kind(TEXT, text, TextJob(), TextJob(num_train=64, num_held_out=32, epochs=1, max_tokens=16)),
 }
-"""The full job and the quick one."""
 
 
 class Training:
@@ -185,30 +195,26 @@ def finished_runs(path: Path, job: Job, plans: Mapping[str, Plan]) -> dict[int, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--workload", choices=sorted(PLANS), default="vision", help="(default vision)")
+    made.add_argument("--workload", choices=sorted(KINDS), default="vision", help="(default vision)")
     made.add_argument(
         "--seeds", default="0,1,2,3", help="comma-separated (default 0,1,2,3; with --quick the first only)"
     )
     args = made.parse_args(argv)
-    seeds, job, plans = (
-        [int(seed) for seed in args.seeds.split(",")],
-        JOBS[args.workload][args.quick],
-        PLANS[args.workload],
-    )
-    seeds = seeds[:1] if args.quick else seeds
+    kind, seeds = KINDS[args.workload], [int(seed) for seed in args.seeds.split(",")]
+    job, seeds = (kind.quick, seeds[:1]) if args.quick else (kind.job, seeds)
     torch.set_num_threads(1)
     log = RUNS / f"{args.workload}.jsonl"
-    runs = {} if args.quick else finished_runs(log, job, plans)
-    of_seed: Callable[[int], Workload] = getattr(freeze_workloads, args.workload)(job)
+    runs = {} if args.quick else finished_runs(log, job, kind.plans)
+    of_seed = kind.load(job)
     for seed in seeds:
         if seed not in runs:
-            found = Branches(of_seed(seed)).run(plans)
+            found = Branches(of_seed(seed)).run(kind.plans)
             runs[seed] = {"seed": seed, "job": asdict(job), "commit": commit(), "found": found}
             if not args.quick:
                 run_log.add(log, runs[seed])
         print(f"seed {seed}: {runs[seed]['found']}", flush=True)
     name = "freeze_time" if args.workload == "vision" else f"freeze_time_{args.workload}"
-    summarise(name, plans, [runs[seed] for seed in sorted(runs)]).publish(quick=args.quick)
+    summarise(name, kind.plans, [runs[seed] for seed in sorted(runs)]).publish(quick=args.quick)
 
 
 if __name__ == "__main__":
