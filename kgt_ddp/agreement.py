@@ -34,7 +34,7 @@ LAG = 2
 """Boundaries from the collection of signals to the application of the mask."""
 
 Signals = Mapping[str, Sequence[float | None]]
-Decide = Callable[[dict[str, tuple[float | None, ...]]], int]
+Decide = Callable[[Mask, dict[str, tuple[float | None, ...]]], Mask]
 
 
 def control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -62,7 +62,7 @@ class Agreement:
         group: the control group.
         signals: names of the per-block signals the policy reads, the same on all ranks.
         interval: boundaries from one collection to the next, at least `LAG + 1`.
-        decide: rank 0's decision, from mean signals to a frontier. Called on rank 0 only.
+        decide: rank 0's decision, from the present mask and mean signals to the coming mask. Called on rank 0 only.
         pace: rank 0's choice of the interval from now on, called with the present one after each decision.
     """
 
@@ -177,11 +177,11 @@ class Agreement:
             self._bounded("the signals of all ranks", work.wait)
             self._kept = [work]
         self._sums = None
-        message = torch.zeros(self._num_blocks + 2, dtype=torch.int64)
+        message = torch.zeros(self._num_blocks + 3, dtype=torch.int64)
         if self._rank == 0:
-            frontier = self._decide(self._means(sums))
-            mask = current if frontier == current.frontier else current.moved_to(frontier)
-            message = torch.tensor([self._pace(self._interval), mask.generation, *mask.encode()], dtype=torch.int64)
+            mask = self._decide(current, self._means(sums))
+            numbers = [self._pace(self._interval), mask.generation, int(mask.at_mean), *mask.encode()]
+            message = torch.tensor(numbers, dtype=torch.int64)
         self._mask = (message, dist.broadcast(message, group_src=0, group=self._group, async_op=True))
 
     def _means(self, sums: torch.Tensor) -> dict[str, tuple[float | None, ...]]:
@@ -197,17 +197,19 @@ class Agreement:
             self._bounded("the mask to travel from rank 0", work.wait)
         self._mask = None
         self._kept = [work]
-        interval, generation, *flags = message.tolist()
+        interval, generation, at_mean, *flags = message.tolist()
         if interval != self._interval:
             self._interval = interval
             self._next_step = self._step_after(step)
-        mask = Mask.decode(flags, generation)
+        mask = Mask.decode(flags, generation, at_mean=bool(at_mean))
         self.prove_equal_masks(current, mask)
         return None if mask == current else mask
 
     def prove_equal_masks(self, current: Mask, coming: Mask) -> None:
         """Raise `MaskMismatchError` on every rank unless all hold `current` and are about to apply `coming`."""
-        mine = torch.tensor([current.generation, current.frontier, coming.generation, *coming.encode()])
+        mine = torch.tensor(
+            [current.generation, current.frontier, coming.generation, int(coming.at_mean), *coming.encode()]
+        )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
         self._bounded("the masks of all ranks", work.wait)
@@ -217,7 +219,8 @@ class Agreement:
         if odd:
             table = "\n".join(
                 f"  rank {rank}: holds generation {row[0]} with {row[1]} blocks frozen, "
-                f"is to apply generation {row[2]} with blocks {[i for i, f in enumerate(row[3:]) if f]} frozen"
+                f"is to apply generation {row[2]} with blocks {[i for i, f in enumerate(row[4:]) if f]} frozen"
+                f"{' at their mean' if row[3] else ''}"
                 for rank, row in enumerate(rows)
             )
             ranks = ", ".join(map(str, odd))

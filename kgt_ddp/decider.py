@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from kgt_ddp.mask import Mask
 from kgt_ddp.policies.policy import Observation, Policy
 from kgtrun.contract.events import EventWriter
 
 
 class Decider:
-    """Turns an observation into a frontier.
+    """Turns an observation into a mask.
 
     Args:
         policy: the rule.
@@ -18,8 +19,8 @@ class Decider:
         self._policy = policy
         self._events = events
 
-    def decide(self, observation: Observation) -> int:
-        """The frontier to agree on."""
+    def decide(self, present: Mask, observation: Observation) -> Mask:
+        """The mask to agree on: `present`, or the next one."""
         decision = self._policy.decide(observation)
         wanted = min(max(decision.frontier, 0), observation.max_frontier)
         if wanted != observation.frontier or self._policy.signals:
@@ -32,4 +33,4 @@ class Decider:
                 numbers=dict(decision.numbers),
                 learning_rate=observation.learning_rate,
             )
-        return wanted
+        return present if wanted == present.frontier else present.moved_to(wanted, at_mean=decision.at_mean)

@@ -213,7 +213,7 @@ class Decisions:
         self._follow_interval(now.step)
         return mask
 
-    def _decide(self, signals: dict[str, tuple[float | None, ...]]) -> int:
+    def _decide(self, present: Mask, signals: dict[str, tuple[float | None, ...]]) -> Mask:
         """Rank 0, one boundary after the collection of `signals`, one before the mask is applied."""
         now = self._now
         assert now is not None
@@ -224,7 +224,7 @@ class Decisions:
             total_steps=self._length.total_steps,
             num_blocks=len(self._blocks),
             num_freezable=self._blocks.max_frontier,
-            frontier=now.mask.frontier,
+            frontier=present.frontier,
             learning_rate=learning_rate(now.optimizers),
             loss=self.loss.take(),
             lag_steps=self._signals.lag_steps if self._signals else None,
@@ -233,7 +233,7 @@ class Decisions:
             apply_seconds=now.apply_seconds if timed else None,
             signals=signals,
         )
-        return self._decider.decide(observation)
+        return self._decider.decide(present, observation)
 
     def _pace(self, interval: int) -> int:
         """Rank 0: the interval from now on."""

@@ -45,7 +45,7 @@ from kgtrun.contract.events import EventWriter
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class Freezing:
@@ -341,7 +341,9 @@ class Freezing:
         """Freeze or lift, and re-bucket. All ranks are here together, before the forward of the same step."""
         started = time.perf_counter()
         old = self.mask.frontier
-        self._freezer.apply(self._wrapper, mask.frontier, list(self._optimizers), again=resumed)
+        # Blocks that were frozen before the job stopped have their weights from the checkpoint.
+        at_mean = self._mean is not None and mask.at_mean and mask.frontier > old and not resumed
+        self._freezer.apply(self._wrapper, mask.frontier, list(self._optimizers), at_mean=at_mean)
         self.mask = mask
         if not resumed:
             self._applied.append({"step": self.clock.step, "frontier": mask.frontier, "was": old})
@@ -352,6 +354,7 @@ class Freezing:
             frontier=mask.frontier,
             was=old,
             generation=mask.generation,
+            at_mean=at_mean,
             seconds=self._apply_s,
             learning_rate=learning_rate(self._optimizers),
             reduced_bytes=sum(self.hook.reduced_bytes),

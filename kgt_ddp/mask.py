@@ -6,16 +6,18 @@ input gradients would still have to flow through it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Mask:
-    """The first `frontier` of `num_blocks` blocks are frozen. `generation` counts the masks applied before."""
+    """The first `frontier` of `num_blocks` blocks are frozen. `generation` counts the masks applied before. `at_mean` says how
+    this mask freezes what it adds, not what is frozen: equal masks may differ in it."""
 
     frontier: int
     num_blocks: int
     generation: int = 0
+    at_mean: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.frontier < max(self.num_blocks, 1):
@@ -32,7 +34,7 @@ class Mask:
         return [int(self.frozen(block)) for block in range(self.num_blocks)]
 
     @classmethod
-    def decode(cls, flags: list[int], generation: int) -> Mask:
+    def decode(cls, flags: list[int], generation: int, *, at_mean: bool = False) -> Mask:
         """Inverse of `encode`.
 
         Raises:
@@ -41,8 +43,8 @@ class Mask:
         frontier = sum(1 for flag in flags if flag)
         if any(flags[frontier:]):
             raise ValueError(f"the frozen blocks {flags} are not a prefix")
-        return cls(frontier=frontier, num_blocks=len(flags), generation=generation)
+        return cls(frontier=frontier, num_blocks=len(flags), generation=generation, at_mean=at_mean)
 
-    def moved_to(self, frontier: int) -> Mask:
+    def moved_to(self, frontier: int, *, at_mean: bool = False) -> Mask:
         """The next mask: another frontier, one generation on."""
-        return Mask(frontier=frontier, num_blocks=self.num_blocks, generation=self.generation + 1)
+        return Mask(frontier=frontier, num_blocks=self.num_blocks, generation=self.generation + 1, at_mean=at_mean)

@@ -83,12 +83,14 @@ def _kinds(builder: Callable[..., Policy]) -> dict[str, type]:
 def _recorded(run_dir: str) -> Replay:
     if not run_dir or not Path(run_dir).is_dir():
         raise PolicyError(f"replay:{run_dir} needs the directory of a recorded run (the --run-dir of an earlier job)")
-    table, weight_mean = set(), 0.0
+    table, weight_mean, as_they_were = set(), 0.0, set()
     for event in read_events(run_dir):
         if event["kind"] == "apply":
             table.add((event["step"], event["frontier"]))
+            if not event.get("at_mean", True):
+                as_they_were.add(event["step"])
         elif event["kind"] == "blocks":
             weight_mean = event.get("weight_mean", 0.0)
     if not table:
         raise PolicyError(f"no mask was applied in the run recorded in {run_dir}: there is nothing to replay")
-    return Replay(sorted(table), weight_mean)
+    return Replay(sorted(table), weight_mean, frozenset(as_they_were))

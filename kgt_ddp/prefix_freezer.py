@@ -43,17 +43,17 @@ class PrefixFreezer:
         self._ignored_by_us: set[str] = set()
 
     def apply(
-        self, ddp: DistributedDataParallel, frontier: int, optimizers: Iterable[Optimizer], *, again: bool
+        self, ddp: DistributedDataParallel, frontier: int, optimizers: Iterable[Optimizer], *, at_mean: bool
     ) -> None:
         """Freeze the first `frontier` blocks of `ddp`.
 
         Args:
             optimizers: those known to own parameters of the model.
-            again: these blocks were frozen before the job stopped; their weights are those of the checkpoint.
+            at_mean: what freezes is put to its mean, if there is one.
         """
         old = self._blocks.frontier
         self._blocks.move_to(frontier)
-        written = self._mean.moved_from(old) if self._mean is not None and not again else []
+        written = self._mean.moved_from(old, put=at_mean) if self._mean is not None else []
         equal = [*written, *self._blocks.buffers_between(old, frontier)]
         equalise(ddp.process_group, equal, ddp.broadcast_bucket_size)
         self._leave_out_buffers(ddp)

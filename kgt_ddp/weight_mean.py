@@ -80,9 +80,9 @@ class WeightMean:
         self._distances.clear()
 
     @torch.no_grad()
-    def moved_from(self, old: int) -> list[nn.Parameter]:
-        """The frontier has moved, it was `old`. What froze is put to its mean, which is given up; a block whose weights
-        leapt, or were not finite, stays as it is. Where blocks thawed, all means begin anew.
+    def moved_from(self, old: int, *, put: bool = True) -> list[nn.Parameter]:
+        """The frontier has moved, it was `old`. What froze is put to its mean, unless `put` is false, and the mean is given
+        up; a block whose weights leapt, or were not finite, stays as it is. Where blocks thawed, all means begin anew.
 
         Returns:
             The parameters that froze, written or not: the same on all ranks.
@@ -95,12 +95,14 @@ class WeightMean:
         for block in self._blocks.blocks[: self._blocks.frontier]:
             distances = [float(distance) for distance in self._distances.pop(block.name, ())]
             means = {name: self._means.pop(name) for name in _names(block) if name in froze and name in self._means}
+            if not put:
+                continue
             if _steady(distances):
                 for name, mean in means.items():
                     froze[name].copy_(mean)
             else:
                 logger.info("%s freezes as it is: its weights were written to, or were not finite", block.name)
-        return [tensor for tensor in froze.values() if isinstance(tensor, nn.Parameter)]
+        return [tensor for tensor in froze.values() if put and isinstance(tensor, nn.Parameter)]
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and CPU tensors."""

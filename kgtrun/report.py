@@ -74,13 +74,13 @@ def _freezes(events: list[Event]) -> str:
     applied = _of_first_rank(events, ("apply", "resume"))
     if not applied:
         return "No block was frozen."
-    at_mean = (_first(events, "blocks") or {}).get("weight_mean")
-    lines = [f"Frozen front blocks{', each at the mean of its last weights,' if at_mean else ','} and why:"]
+    lines = ["Frozen front blocks, and why:"]
     for event in applied:
         decision = _decision_for(events, event)
         why = "resumed from a checkpoint" if event["kind"] == "resume" else (decision or {}).get("reason", "")
         rate = f", learning rate {event['learning_rate']:.3g}" if event.get("learning_rate") is not None else ""
-        lines.append(f"  step {event['step']:>7}: {event['was']} -> {event['frontier']}{rate}; {why}")
+        at_mean = ", at the mean of their last weights" if event.get("at_mean") else ""
+        lines.append(f"  step {event['step']:>7}: {event['was']} -> {event['frontier']}{at_mean}{rate}; {why}")
     return "\n".join(lines)
 
 

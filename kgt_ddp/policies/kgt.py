@@ -63,6 +63,9 @@ FRONT: Final = 4.0
 MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
 ALARM: Final = 8.0
+JITTER: Final = 0.5
+"""Below this exponent a cut is nearer to jittering about a point (0) than to wandering (1), and its mean is near that point.
+Where it wanders the mean is a place that it has left."""
 LEFT: Final = 0.2
 """Share of the blocks, from the deep end, that always train: they follow what the frozen ones were left with."""
 
@@ -74,8 +77,8 @@ class Kgt:
     Args:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
         late_tolerance: the same, where little of the training is left.
-        weight_mean: age of the mean of its weights that a block is put to as it freezes, as a share of the steps so far
-            (`kgt_ddp.weight_mean`); 0: it stays as it is.
+        weight_mean: age of the mean of its weights that a block is put to as it freezes where it jitters, as a share of the
+            steps so far (`kgt_ddp.weight_mean`); 0: it stays as it is.
     """
 
     tolerance: float = 0.004
@@ -134,7 +137,13 @@ class Kgt:
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
             self._pulse = next(((b, o.level) for b, o in reversed([*enumerate(outlooks)]) if o), None)
-        return Decision(frontier=target, reason=reason, numbers=self._numbers(outlooks, shares, horizon, ahead))
+        edge = outlooks[target - 1] if target else None
+        return Decision(
+            frontier=target,
+            reason=reason,
+            at_mean=edge is not None and edge.exponent < JITTER,
+            numbers=self._numbers(outlooks, shares, horizon, ahead),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -54,6 +54,8 @@ class Decision:
 
     frontier: int
     reason: str
+    at_mean: bool = True
+    """Whether what freezes goes to the mean of its weights, where the policy has one (`Policy.weight_mean`)."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +75,7 @@ class Policy(Protocol):
     @property
     def weight_mean(self) -> float:
         """A block that freezes is put to the mean of its weights, of an age of this share of the steps so far
-        (`kgt_ddp.weight_mean`); 0, or without this attribute: it stays as it is."""
+        (`kgt_ddp.weight_mean`), unless the decision says otherwise; 0, or without this attribute: it stays as it is."""
         ...
 
     def decide(self, observation: Observation) -> Decision: ...

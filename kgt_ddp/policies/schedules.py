@@ -5,7 +5,7 @@ They listen to nothing; they are the baselines, and `replay` repeats the decisio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,12 +76,17 @@ class Linear(Schedule):
 @dataclass(frozen=True)
 class Replay(Schedule):
     """The frontiers of a recorded run: `timetable` holds (step of apply, frontier), in order of steps; `weight_mean` is
-    that of its policy."""
+    that of its policy, and at the steps `as_they_were` blocks froze without going to their mean."""
 
     timetable: Sequence[tuple[int, int]]
     weight_mean: float = 0.0
+    as_they_were: Collection[int] = frozenset()
 
     def decide(self, observation: Observation) -> Decision:
         past = [(step, frontier) for step, frontier in self.timetable if step <= observation.apply_step]
         step, frontier = past[-1] if past else (0, 0)
-        return Decision(frontier=min(frontier, observation.max_frontier), reason=f"recorded at step {step}")
+        return Decision(
+            frontier=min(frontier, observation.max_frontier),
+            reason=f"recorded at step {step}",
+            at_mean=step not in self.as_they_were,
+        )

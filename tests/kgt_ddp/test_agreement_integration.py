@@ -28,9 +28,9 @@ def signals_up(rank, world):
     """Rank 2 has nothing to say about block 1; nobody knows block 2."""
     heard = []
 
-    def decide(signals):
+    def decide(present, signals):
         heard.append(signals)
-        return 1
+        return present if present.frontier == 1 else present.moved_to(1, at_mean=True)
 
     group = control_group(dist.group.WORLD)
     agreement = Agreement(group, num_blocks=3, signals=("score",), interval=3, decide=decide)
@@ -42,7 +42,7 @@ def signals_up(rank, world):
         new = agreement.advance(step, mask, mine if wanted else None)
         if new is not None:
             mask = new
-            applied.append((step, new.frontier, new.generation))
+            applied.append((step, new.frontier, new.generation, new.at_mean))
     return heard, applied
 
 
@@ -50,7 +50,7 @@ def test_means_are_over_the_ranks_that_had_a_value_and_the_lag_is_fixed(run_rank
     results = run_ranks(3, signals_up)
     assert results[0][0][0] == {"score": (1.0, 5.0, None)}
     assert all(heard == [] for heard, _ in results[1:]), "only rank 0 decides"
-    assert all(applied == [(2, 1, 1)] for _, applied in results)
+    assert all(applied == [(2, 1, 1, True)] for _, applied in results)
 
 
 def tampered(rank, world):
@@ -62,7 +62,7 @@ def tampered(rank, world):
 
         def corrupt(self, step, current):
             self._mask[1].wait()
-            self._mask[0][3] = 0  # interval, generation, blocks 0 and 1, …
+            self._mask[0][4] = 0  # interval, generation, whether at the mean, blocks 0 and 1, …
             return finish(self, step, current)
 
         Agreement._finish = corrupt
@@ -191,7 +191,7 @@ def test_a_rank_that_stops_ends_the_wait_within_the_timeout_of_the_users_group(r
 
 def stalled_control_group(rank, world):
     group = control_group(dist.new_group([0, 1], timeout=timedelta(seconds=3)))
-    agreement = Agreement(group, num_blocks=3, signals=(), interval=3, decide=lambda s: 1)
+    agreement = Agreement(group, num_blocks=3, signals=(), interval=3, decide=lambda mask, _: mask.moved_to(1))
     if rank == 1:
         time.sleep(8)
         return "slept"

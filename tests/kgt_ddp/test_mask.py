@@ -11,6 +11,11 @@ def test_a_mask_survives_encoding():
     assert Mask.decode(mask.encode(), 7) == mask
 
 
+def test_how_a_mask_freezes_is_no_part_of_what_is_frozen():
+    assert Mask(1, 4).moved_to(2, at_mean=True).at_mean and not Mask(1, 4).moved_to(2).at_mean
+    assert Mask(1, 4).moved_to(2, at_mean=True) == Mask(1, 4).moved_to(2)
+
+
 def test_only_prefixes_are_masks():
     with pytest.raises(ValueError, match="not a prefix"):
         Mask.decode([1, 0, 1, 0], 1)

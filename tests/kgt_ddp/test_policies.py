@@ -12,10 +12,12 @@ from kgt_ddp.policy_spec import parse_policy, policy_names
 from kgtrun.contract.events import EventWriter
 
 
-def frontier(policy, step, *, total=100, blocks=10, now=0):
-    return policy.decide(
-        Observation(step=step, apply_step=step, total_steps=total, num_blocks=blocks, frontier=now)
-    ).frontier
+def seen(step, *, total=100, blocks=10, now=0):
+    return Observation(step=step, apply_step=step, total_steps=total, num_blocks=blocks, frontier=now)
+
+
+def frontier(policy, step, **facts):
+    return policy.decide(seen(step, **facts)).frontier
 
 
 def test_none_keeps_what_is():
@@ -61,6 +63,17 @@ def test_replay_reads_the_masks_of_a_recorded_run(tmp_path):
         writer.close()
         (tmp_path / "events" / f"{rank}").mkdir()
     assert parse_policy(f"replay:{tmp_path}") == Replay([(3, 1), (9, 2)])
+
+
+def test_replay_freezes_blocks_as_the_recorded_run_did(tmp_path):
+    writer = EventWriter.for_process(tmp_path, role="trainer", index=0)
+    writer.write("blocks", weight_mean=0.1)
+    for step, at_mean in ((3, True), (9, False), (12, True)):
+        writer.write("apply", step=step, frontier=step // 3, at_mean=at_mean)
+    writer.close()
+    replay = parse_policy(f"replay:{tmp_path}")
+    assert replay.weight_mean == 0.1
+    assert [replay.decide(seen(step)).at_mean for step in (3, 9, 12)] == [True, False, True]
 
 
 FREEZING = ("static:blocks=1,", "linear:", "gradnorm:", "kgt-paper:", "kgt:")

@@ -45,6 +45,17 @@ def put(blocks, mean, frontier):
     return {name: tensor.detach() for name, tensor in blocks.tensors_at(frontier).items()}
 
 
+def test_what_is_not_put_to_its_mean_stays_and_its_mean_is_given_up():
+    model, blocks, mean = followed()
+    run(model, mean, {10: 1.0, 20: 2.0})
+    blocks.move_to(1)
+    assert mean.moved_from(0, put=False) == []
+    blocks.move_to(2)
+    assert only_value(model.blocks[0].conv.weight) == 2.0
+    mean.moved_from(1)
+    assert only_value(model.blocks[0].conv.weight) == 2.0 > only_value(model.blocks[1].conv.weight)
+
+
 def only_value(tensor):
     assert bool((tensor == tensor.flatten()[0]).all())
     return tensor.flatten()[0].item()

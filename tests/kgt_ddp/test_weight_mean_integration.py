@@ -42,6 +42,22 @@ def replayed(rank, world, run_dir):
     return job(parse_policy(f"replay:{run_dir}"), FROZEN_AT + 10, rank)
 
 
+def in_two_ways(rank, world):
+    return job(Replay([(FROZEN_AT, 1), (FROZEN_AT + 6, 2)], SHARE, {FROZEN_AT + 6}), FROZEN_AT + 10, rank)
+
+
+def test_a_block_freezes_as_it_is_where_the_decision_says_so_and_a_replay_does_it_again(run_ranks, tmp_path):
+    results = run_ranks(2, in_two_ways, env={"KGTRUN_RUN_DIR": str(tmp_path)})
+    weights, frozen = results[0]
+    before, after = weights[FROZEN_AT + 6], frozen[FROZEN_AT + 7]
+    added = [name for name in after if name not in frozen[FROZEN_AT + 1]]
+    assert added and all(torch.equal(after[name], before[name]) for name in added)
+    at_mean = [name for name in frozen[FROZEN_AT + 1] if "num_batches" not in name]
+    assert not any(torch.equal(after[name], weights[FROZEN_AT][name]) for name in at_mean)
+    for (again, _), (once, _) in zip(run_ranks(2, replayed, str(tmp_path)), results, strict=True):
+        assert differing(again[FROZEN_AT + 10], once[FROZEN_AT + 10]) == []
+
+
 def test_blocks_freeze_at_their_mean_on_all_ranks_and_a_replay_repeats_it(run_ranks, tmp_path):
     results = run_ranks(2, recorded, env={"KGTRUN_RUN_DIR": str(tmp_path)})
     (weights, frozen), (_, other) = results

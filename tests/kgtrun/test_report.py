@@ -8,7 +8,7 @@ from kgtrun.contract.events import EventWriter
 from kgtrun.report import main, report
 
 
-def recorded(root, *, freezes=True, total_steps=100, weight_mean=0.0):
+def recorded(root, *, freezes=True, total_steps=100, at_mean=False):
     for rank in (0, 1):
         writer = EventWriter.for_process(root, role="trainer", index=rank)
         writer.write(
@@ -16,13 +16,12 @@ def recorded(root, *, freezes=True, total_steps=100, weight_mean=0.0):
             policy="linear",
             total_steps=total_steps,
             interval=5,
-            weight_mean=weight_mean,
             blocks=[{"name": "stem"}, {"name": "head"}],
         )
         if freezes:
             if rank == 0:
                 writer.write("decision", step=9, frontier=1, was=0, reason="9.0% of training")
-            writer.write("apply", step=10, frontier=1, was=0, seconds=0.004, learning_rate=0.1)
+            writer.write("apply", step=10, frontier=1, was=0, at_mean=at_mean, seconds=0.004, learning_rate=0.1)
         writer.write(
             "trainer_end",
             steps=100,
@@ -54,9 +53,9 @@ def test_a_report_says_what_froze_when_and_why_and_what_it_saved(tmp_path):
 
 def test_it_says_that_blocks_froze_at_the_mean_of_their_weights(tmp_path):
     recorded(tmp_path)
-    assert "Frozen front blocks, and why" in report(tmp_path)
-    recorded(tmp_path / "at-mean", weight_mean=0.1)
-    assert "Frozen front blocks, each at the mean of its last weights, and why" in report(tmp_path / "at-mean")
+    assert "at the mean" not in report(tmp_path)
+    recorded(tmp_path / "at-mean", at_mean=True)
+    assert "0 -> 1, at the mean of their last weights, learning rate 0.1; 9.0%" in report(tmp_path / "at-mean")
 
 
 def test_a_run_that_was_started_again_is_told_by_its_last_end(tmp_path):

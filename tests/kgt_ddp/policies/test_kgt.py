@@ -75,6 +75,14 @@ def test_every_decision_carries_its_numbers():
     json.dumps([d.numbers for d in found], allow_nan=False)
 
 
+@pytest.mark.parametrize(("growth", "at_mean"), [(1.0, True), (1.3, True), (1.6, False), (2.0, False), (4.0, False)])
+def test_a_cut_that_jitters_freezes_at_its_mean_and_one_that_wanders_as_it_is(growth, at_mean):
+    """The mean of a way is a place that was left; that of a jitter is what it jitters about."""
+    found = run(settling(), growth=growth)
+    froze = [d for before, d in zip(found, found[1:], strict=False) if d.frontier > before.frontier]
+    assert froze and {d.at_mean for d in froze} == {at_mean}
+
+
 def plunging(count=150, levels=(5e-6, 1e-5, 2e-5, 4e-4)):
     """From random weights down in a few decisions; from there on blocks jitter about a point."""
     return [[level * max(1.0, 300 * 10 ** (-i / 10)) for level in levels] for i in range(count)]
