@@ -30,6 +30,7 @@ times more than at the freeze (training has entered another phase: other data, a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
@@ -64,8 +65,9 @@ MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
 ALARM: Final = 8.0
 JITTER: Final = 0.5
-"""Below this exponent a cut is nearer to jittering about a point (0) than to wandering (1), and its mean is near that point.
-Where it wanders the mean is a place that it has left."""
+"""Below this exponent a cut is nearer to jittering about a point (0) than to wandering (1). What it owes is then mostly noise
+that the falling rate takes away, and its mean is near that point; what wanders is still learning, and its mean is a place
+that it has left."""
 LEFT: Final = 0.2
 """Share of the blocks, from the deep end, that always train: they follow what the frozen ones were left with."""
 
@@ -132,16 +134,16 @@ class Kgt:
         outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
         shares = _shares(outlooks, next((c.past() for c in reversed(self._cuts) if c.has_past), None))
         ahead = horizon / spent if (spent := self._rate.spent(observation.step)) else math.inf
-        self._count_still(seen, shares, outlooks, ahead)
+        jitters = _jitters(outlooks, observation.frontier)
+        self._count_still(seen, shares, outlooks, ahead, jitters)
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
             self._pulse = next(((b, o.level) for b, o in reversed([*enumerate(outlooks)]) if o), None)
-        edge = outlooks[target - 1] if target else None
         return Decision(
             frontier=target,
             reason=reason,
-            at_mean=edge is not None and edge.exponent < JITTER,
+            at_mean=target > 0 and jitters[target - 1],
             numbers=self._numbers(outlooks, shares, horizon, ahead),
         )
 
@@ -172,7 +174,12 @@ class Kgt:
             cut.pace_changed(step, span)
 
     def _count_still(
-        self, seen: list[bool], shares: list[float | None], outlooks: list[Outlook | None], ahead: float
+        self,
+        seen: list[bool],
+        shares: list[float | None],
+        outlooks: list[Outlook | None],
+        ahead: float,
+        jitters: list[bool],
     ) -> None:
         for block, (cut, visible_now) in enumerate(zip(self._cuts, seen, strict=True)):
             share, outlook = shares[block], outlooks[block]
@@ -180,7 +187,8 @@ class Kgt:
                 cut.num_still = 0
             elif visible_now:
                 settled = outlook.declined and outlook.calmed and share < self.tolerance
-                late = outlook.halved and ahead < self._late_from(block) and share < self.late_tolerance
+                most = self.late_tolerance if jitters[block] else self.tolerance
+                late = outlook.halved and ahead < self._late_from(block) and share < most
                 cut.num_still = cut.num_still + 1 if outlook.smooth and (settled or late) else 0
 
     def _late_from(self, block: int) -> float:
@@ -264,6 +272,16 @@ class Kgt:
 def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float | None]:
     """What is to come of each cut as a share of what is past, see the module; None where it is not known."""
     return [o.to_come / deepest if o and deepest else None for o in outlooks]
+
+
+def _jitters(outlooks: list[Outlook | None], frontier: int) -> list[bool]:
+    """Of each cut, whether what would freeze with it mostly jitters, as far as it is known."""
+    found, exponents = [], []
+    for block, outlook in enumerate(outlooks):
+        if block >= frontier and outlook is not None:
+            exponents.append(outlook.exponent)
+        found.append(bool(exponents) and statistics.median(exponents) < JITTER)
+    return found
 
 
 def _scores(observation: Observation) -> list[Scores]:
