@@ -237,11 +237,12 @@ def test_a_job_whose_scores_stay_high_after_the_transient_is_left_alone():
 
 
 def test_where_the_rate_only_creeps_such_a_job_is_frozen_when_little_of_it_is_left():
-    found = run(transient())
+    found = run(transient(), growth=1.2)
     at = first(found, 1)
     assert at > 0.8 * 150
     assert found[at].numbers["ahead"] < 0.25 and found[at].numbers["share"][0] < 0.02
-    assert set(frontiers(run(transient(), policy=Kgt(late_tolerance=0.004)))) == {0}
+    assert set(frontiers(run(transient(), growth=1.2, policy=Kgt(late_tolerance=0.004)))) == {0}
+    assert set(frontiers(run(transient(), growth=2.0))) == {0}, "what wanders is not late before it is settled"
 
 
 def transient():
