@@ -61,15 +61,15 @@ VISION = {
 """`tolerance_02` and `_01` are what the policy kgt does on the ResNet with a `late_tolerance` of 0.02 and 0.01; the last is
 the policy `linear`."""
 
-KGT_TEXT = ((0.68, 4), (0.75, 5))
+LATE_TEXT = ((0.68, 4), (0.75, 5))
 TEXT = {
-    "kgt": Plan(KGT_TEXT),
-    "kgt_mean": Plan(KGT_TEXT, at_mean=True),
-    "front": Plan(((0.72, 3), (0.76, 4))),
-    "front_early": Plan(((0.30, 3),)),
+    "tolerance_02": Plan(LATE_TEXT),
+    "tolerance_02_mean": Plan(LATE_TEXT, at_mean=True),
+    "tolerance_004": Plan(((0.72, 3), (0.76, 4))),
+    "early": Plan(((0.30, 3),)),
 }
-"""MiniLM has seven blocks: six layers, the embeddings with the first, and the head. `kgt` is what that policy does there,
-`front` what it did before it had a `late_tolerance`."""
+"""MiniLM has seven blocks: six layers, the embeddings with the first, and the head. `tolerance_02` is what the policy kgt did
+there while its `late_tolerance` held for all blocks, `tolerance_004` what it did before it had one."""
 
 
 @dataclass(frozen=True)

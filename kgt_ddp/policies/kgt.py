@@ -6,8 +6,8 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 
     settled   to come < tolerance × the deepest block's past, it is under a quarter of its own peak, and it has calmed down
               from its usual level; or
-    late      to come < late_tolerance × the deepest block's past, it is under half of its own peak, and little of the
-              training is left
+    late      to come < late_tolerance × the deepest block's past, or tolerance × that where what would freeze with it
+              wanders, it is under half of its own peak, and little of the training is left
 
 and its scores hang together, for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not
 falling. All of it is relative, to how far the network as a whole has travelled and to the block's own history, so that
@@ -78,7 +78,7 @@ class Kgt:
 
     Args:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
-        late_tolerance: the same, where little of the training is left.
+        late_tolerance: the same, where little of the training is left and the block jitters.
         weight_mean: age of the mean of its weights that a block is put to as it freezes where it jitters, as a share of the
             steps so far (`kgt_ddp.weight_mean`); 0: it stays as it is.
     """
