@@ -39,6 +39,7 @@ from kgt_ddp.reference.model import model_from, pickled_structure
 from kgt_ddp.reference.pairing import compare
 from kgt_ddp.reference.runner import Similarities, make_runner
 from kgt_ddp.reference.samples import sub_batch
+from kgt_ddp.weight_mean import WeightMean
 
 FLOOR_EVERY = 8
 JOBS: dict[str, dict[str, Any]] = {
@@ -98,12 +99,16 @@ class Recorder:
         self._job = job
         self._interval, self._total_steps = interval, total_steps
         self._policy = policy
+        share = policy.weight_mean if policy is not None else 0.0
+        self._mean = WeightMean(self.blocks, share) if share else None
         self._norms = torch.zeros(len(self.blocks))
         self._losses: list[float] = []
         self.records: list[dict[str, Any]] = []
 
-    def step_ended(self, loss: float) -> None:
-        """Before the gradients go."""
+    def step_ended(self, step: int, learning_rate: float, loss: float) -> None:
+        """`step` steps are finished. Before the gradients go."""
+        if self._mean is not None:
+            self._mean.note(step, lambda: learning_rate)
         self._losses.append(loss)
         for index, block in enumerate(self.blocks.blocks):
             for _, parameter in block.parameters:
@@ -170,7 +175,10 @@ class Recorder:
         decision = self._policy.decide(observation)
         if decision.frontier != self.blocks.frontier:
             print(f"  step {step}: {self.blocks.frontier} -> {decision.frontier}: {decision.reason}", flush=True)
+            old = self.blocks.frontier
             self.blocks.move_to(decision.frontier)
+            if self._mean is not None:
+                self._mean.moved_from(old, put=decision.at_mean)
         return decision.frontier
 
 
@@ -242,7 +250,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         loss = job.loss(job.net(*inputs, **keywords), batch)
         loss.backward()
         job.optimizer.step()
-        recorder.step_ended(loss.item())
+        recorder.step_ended(step + 1, learning_rate, loss.item())
     recorder.add_what_was_to_come()
     return {
         "workload": args.workload,
