@@ -67,6 +67,14 @@ def test_blocks_are_frozen_from_the_front_as_they_settle():
     assert frontiers(found) == sorted(frontiers(found)) and found[-1].frontier == 3  # the last block always trains
 
 
+def test_a_job_that_is_asked_half_as_often_is_judged_alike():
+    """`cadence` leaves 75 decisions to one whose reference is slow, with distances twice as long."""
+    often = run(plunging(), growth=1.0, learning_rate=cosine())
+    seldom = run(plunging()[::2], growth=1.0, learning_rate=cosine()[::2], every=2 * EVERY, lag_steps=2 * LAG)
+    for frontier in (1, 2, 3):
+        assert abs(first(often, frontier) / 150 - first(seldom, frontier) / 75) < 0.1
+
+
 def test_every_decision_carries_its_numbers():
     found = run(settling())
     numbers = found[first(found, 1)].numbers
