@@ -27,7 +27,7 @@ TOLERANCE: Final = 0.2
 KEEP_UP: Final = 1.5
 """An interval is so many times as long as an answer takes."""
 FEWEST: Final = 75
-"""Decisions of a job at least. `kgt` compares over eight of them: with 50 it knew too little before .7 of it; it froze nothing."""
+"""Decisions of a job at least. `kgt` compares over eight of them; with 50 it knew too little before .7 of a job."""
 LATE: Final = 0.25
 """Share of a job behind which a longer interval would cost more in what was seen than it saves."""
 
