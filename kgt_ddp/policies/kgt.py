@@ -6,8 +6,8 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
 
     settled   to come < tolerance × the deepest block's past, it is under a quarter of its own peak, and it has calmed down
               from its usual level; or
-    late      to come < late_tolerance × the deepest block's past, or tolerance × that where what would freeze with it
-              wanders, it is under half of its own peak, and little of the training is left
+    late      to come < late_tolerance × the deepest block's past, or tolerance × that where the network wanders, it is
+              under half of its own peak, and little of the training is left
 
 and its scores hang together, for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not
 falling. All of it is relative, to how far the network as a whole has travelled and to the block's own history, so that
@@ -65,9 +65,9 @@ MOVED: Final = 1e-3
 """Share of a block's fastest pace; a frozen block's scores are zero, but for the arithmetic."""
 ALARM: Final = 8.0
 JITTER: Final = 0.5
-"""Below this exponent a cut is nearer to jittering about a point (0) than to wandering (1). What it owes is then mostly noise
-that the falling rate takes away, and its mean is near that point; what wanders is still learning, and its mean is a place
-that it has left."""
+"""Below this exponent, the median of its cuts, a network is nearer to jittering about a point (0) than to wandering (1). What
+it owes is then mostly noise that the falling rate takes away, and its mean is near that point; what wanders is still
+learning, and its mean is a place that it has left."""
 LEFT: Final = 0.2
 """Share of the blocks, from the deep end, that always train: they follow what the frozen ones were left with."""
 
@@ -78,9 +78,9 @@ class Kgt:
 
     Args:
         tolerance: how much of the network's movement so far a block may still owe when it is frozen.
-        late_tolerance: the same, where little of the training is left and the block jitters.
-        weight_mean: age of the mean of its weights that a block is put to as it freezes where it jitters, as a share of the
-            steps so far (`kgt_ddp.weight_mean`); 0: it stays as it is.
+        late_tolerance: the same, where little of the training is left and the network jitters.
+        weight_mean: age of the mean of its weights that a block is put to as it freezes where the network jitters, as a share
+            of the steps so far (`kgt_ddp.weight_mean`); 0: it stays as it is.
     """
 
     tolerance: float = 0.004
@@ -134,8 +134,8 @@ class Kgt:
         outlooks = [cut.outlook(horizon, span) for cut in self._cuts]
         shares = _shares(outlooks, next((c.past() for c in reversed(self._cuts) if c.has_past), None))
         ahead = horizon / spent if (spent := self._rate.spent(observation.step)) else math.inf
-        jitters = _jitters(outlooks, observation.frontier)
-        self._count_still(seen, shares, outlooks, ahead, jitters)
+        jitters = _jitters(outlooks)
+        self._count_still(seen, shares, outlooks, ahead, jitters=jitters)
         target, reason = self._target(observation, seen, shares, span)
         if target > observation.frontier:
             self._frozen_step = observation.apply_step
@@ -143,7 +143,7 @@ class Kgt:
         return Decision(
             frontier=target,
             reason=reason,
-            at_mean=target > 0 and jitters[target - 1],
+            at_mean=jitters,
             numbers=self._numbers(outlooks, shares, horizon, ahead),
         )
 
@@ -179,16 +179,17 @@ class Kgt:
         shares: list[float | None],
         outlooks: list[Outlook | None],
         ahead: float,
-        jitters: list[bool],
+        *,
+        jitters: bool,
     ) -> None:
+        late_tolerance = self.late_tolerance if jitters else self.tolerance
         for block, (cut, visible_now) in enumerate(zip(self._cuts, seen, strict=True)):
             share, outlook = shares[block], outlooks[block]
             if share is None or outlook is None:
                 cut.num_still = 0
             elif visible_now:
                 settled = outlook.declined and outlook.calmed and share < self.tolerance
-                most = self.late_tolerance if jitters[block] else self.tolerance
-                late = outlook.halved and ahead < self._late_from(block) and share < most
+                late = outlook.halved and ahead < self._late_from(block) and share < late_tolerance
                 cut.num_still = cut.num_still + 1 if outlook.smooth and (settled or late) else 0
 
     def _late_from(self, block: int) -> float:
@@ -274,14 +275,10 @@ def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float
     return [o.to_come / deepest if o and deepest else None for o in outlooks]
 
 
-def _jitters(outlooks: list[Outlook | None], frontier: int) -> list[bool]:
-    """Of each cut, whether what would freeze with it mostly jitters, as far as it is known."""
-    found, exponents = [], []
-    for block, outlook in enumerate(outlooks):
-        if block >= frontier and outlook is not None:
-            exponents.append(outlook.exponent)
-        found.append(bool(exponents) and statistics.median(exponents) < JITTER)
-    return found
+def _jitters(outlooks: list[Outlook | None]) -> bool:
+    """Whether the network does, by most of its cuts; one cut's exponent is too uncertain."""
+    exponents = [outlook.exponent for outlook in outlooks if outlook is not None]
+    return bool(exponents) and statistics.median(exponents) < JITTER
 
 
 def _scores(observation: Observation) -> list[Scores]:

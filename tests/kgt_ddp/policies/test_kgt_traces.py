@@ -46,10 +46,10 @@ def test_a_block_that_still_owes_more_than_settled_ones_goes_when_little_of_the_
 
 
 def test_blocks_that_wander_late_owe_no_more_than_settled_ones():
-    """4,000 images, seen 24 times: from .53 on most blocks wander, and are still learning their samples."""
+    """4,000 images, seen 24 times: from .55 on most blocks wander, and are still learning their samples."""
     found = replay("resnet-cosine", Kgt())
-    assert found.first(3) < 0.5 and 0.6 < found.first(4) < found.first(7) < 0.8
-    assert 0.27 < found.frozen < 0.33 and found.decisions[-1][1].frontier == 8
+    assert found.first(5) < 0.55 and 0.65 < found.first(6) < found.first(7) < 0.8 < found.first(8)
+    assert 0.30 < found.frozen < 0.35 and found.decisions[-1][1].frontier == 8
     assert replay("minilm-warmup-linear", Kgt()).first(3) > 0.7
 
 
@@ -110,10 +110,10 @@ def test_cosine_without_the_learning_rate_freezes_later():
 
 
 def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
-    """Block 3 (stage2.0) got random weights at half of the job. Five lags and a window later, at .73, the delay is over."""
+    """Block 3 (stage2.0) got random weights at half of the job. Five lags and a window later, at .7, the delay is over."""
     plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
-    assert plain.first(4) < 0.66 and fresh.first(4) > plain.first(4) + 0.06
-    assert plain.first(6) < 0.70 and fresh.first(6) > plain.first(6) + 0.03
+    assert plain.first(5) < 0.55 and fresh.first(4) > plain.first(5) + 0.1
+    assert 0.68 < plain.first(6) < fresh.first(6)
     assert 0.05 < fresh.frozen < plain.frozen
 
 
