@@ -50,7 +50,7 @@ def test_blocks_that_wander_late_owe_no_more_than_settled_ones():
     found = replay("resnet-cosine", Kgt())
     assert found.first(5) < 0.55 and 0.65 < found.first(6) < found.first(7) < 0.8 < found.first(8)
     assert 0.30 < found.frozen < 0.35 and found.decisions[-1][1].frontier == 8
-    assert replay("minilm-warmup-linear", Kgt()).first(3) > 0.7
+    assert 0.7 < replay("minilm-warmup-linear", Kgt()).first(3) < 0.8
 
 
 @pytest.mark.parametrize("name", [*RUNS, "resnet-cosine"])
@@ -64,18 +64,12 @@ def test_cosine_freezes_nothing_before_most_of_the_training_is_done_and_never_th
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_jitters_goes_to_its_mean(name):
-    before = 0
-    for _, decision in replay(name, Kgt()).decisions:
-        assert decision.frontier == before or decision.at_mean
-        before = decision.frontier
+    assert {decision.at_mean for decision in replay(name, Kgt()).freezes} == {True}
 
 
 def test_what_wanders_freezes_as_it_is():
     """The output of a fine-tuned network's blocks moves steadily on to the end."""
-    before = 0
-    for _, decision in replay("minilm-warmup-linear", Kgt()).decisions:
-        assert decision.frontier == before or not decision.at_mean
-        before = decision.frontier
+    assert {decision.at_mean for decision in replay("minilm-warmup-linear", Kgt()).freezes} == {False}
 
 
 def test_what_is_frozen_under_cosine_had_little_left_to_do():

@@ -49,6 +49,12 @@ class Outcome:
         return found
 
     @property
+    def freezes(self) -> list[Decision]:
+        """The decisions that froze blocks."""
+        before = [0, *(decision.frontier for _, decision in self.decisions)]
+        return [now for was, (_, now) in zip(before, self.decisions, strict=False) if now.frontier > was]
+
+    @property
     def frozen(self) -> float:
         """Share of all (block, step) pairs that were frozen."""
         return sum(d.frontier for _, d in self.decisions) / (len(self.decisions) * self.num_blocks)
