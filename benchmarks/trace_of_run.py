@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.traces import SIGNALS, rounded, write
-from kgt_ddp.policies.kgt import LAG_INTERVALS
+from kgt_ddp.signals import longer_lags, score_lags
 from kgtrun.contract.events import read_events
 
 
@@ -23,9 +23,10 @@ def trace_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Each decision with the scores that came since the one before; their mean where several ranks had one.
 
     Raises:
-        ValueError: no decision was recorded, or the interval changed, and with it the distances: a trace has one lag.
+        ValueError: no decision was recorded, or the distances changed with the interval: a trace has one lag.
     """
     head: dict[str, Any] = {}
+    lags = (0, 0, 0)
     names: list[str] = []
     scores: list[Mapping[str, Any]] = []
     records = []
@@ -33,9 +34,12 @@ def trace_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if event["kind"] == "blocks" and not names:
             names = [block["name"] for block in event["blocks"]]
             head = {"policy": event["policy"], "blocks": names, "total_steps": event["total_steps"]}
-            head |= {"interval": event["interval"], "lag_steps": LAG_INTERVALS * event["interval"]}
+            lags = score_lags(event["interval"])
+            head |= {"interval": event["interval"], "lag_steps": lags[0]}
         elif event["kind"] == "interval":
-            raise ValueError(f"the interval changed at step {event['step']}: only runs with one interval make a trace")
+            if longer_lags(lags, event["interval"]) != lags:
+                raise ValueError(f"the distances changed at step {event['step']}: only runs with one lag make a trace")
+            head["interval"] = event["interval"]
         elif event["kind"] == "score":
             scores.append(event)
         elif event["kind"] == "decision" and names:

@@ -1,9 +1,9 @@
 """The model as an ordered partition of all its parameters into blocks that freeze as wholes, from the front.
 
 Order is order of execution, learned from one forward (`execution_order`). The units of the module tree (`partition`) are
-the cores of the blocks; every stray (`cls_token`, `pos_embed`, an embedding, the stem, a final norm) joins the first block
-that is executed after its use, so that no backward node runs in front of the frontier. Strays used after the last unit
-form the block `head`. The last block always trains.
+the cores of the blocks, and so are heavy embeddings that run in front of them all; every stray (`cls_token`, `pos_embed`, a
+light embedding, the stem, a final norm) joins the first block that is executed after its use, so that no backward node runs in
+front of the frontier. Strays used after the last unit form the block `head`. The last block always trains.
 
 A parameter that a later block uses too (tied embeddings) is *shared*: it belongs to its first block but stays trainable
 until its last user is frozen. A prefix with such a parameter is not bit-identical while frozen, and says so.
@@ -23,7 +23,7 @@ from torch import nn
 
 from kgt_ddp.errors import BlockError
 from kgt_ddp.execution_order import ExecutionOrder
-from kgt_ddp.partition import chosen_units, find_units
+from kgt_ddp.partition import chosen_units, find_tables, find_units
 
 
 @dataclass(eq=False)
@@ -63,6 +63,7 @@ class Blocks:
     def __init__(self, model: nn.Module, chosen: Sequence[str | nn.Module] | None = None) -> None:
         self.model = model
         self._units = chosen_units(model, chosen) if chosen is not None else find_units(model)
+        self._tables = [] if chosen is not None else find_tables(model, self._units)
         self._user_frozen = {id(p) for p in model.parameters() if not p.requires_grad}
         self._was_training: dict[nn.Module, bool] = {}
         self.frontier = 0
@@ -87,8 +88,9 @@ class Blocks:
     # ---- the partition ----------------------------------------------------------------------------------------------
 
     def _assign(self, order: ExecutionOrder | None) -> None:
-        places = _Timeline(self._units, order)
-        units = [self._units[i] for i in places.sequence]
+        found = [*_in_front(self._tables, self._units, order), *self._units]
+        places = _Timeline(found, order)
+        units = [found[i] for i in places.sequence]
         blocks = [Block(name or type(unit).__name__, unit) for name, unit in units]
         head = Block("head", None)
         everyone = [*blocks, head]
@@ -305,6 +307,17 @@ class _Timeline:
             home = self.of_module(owner, order)
             return [] if home is None else [home]
         return sorted({self.at(time) for time in times})
+
+
+def _in_front(
+    tables: Sequence[tuple[str, nn.Module]], units: Sequence[tuple[str, nn.Module]], order: ExecutionOrder | None
+) -> list[tuple[str, nn.Module]]:
+    """Those of the tables that run before all units; before a forward was watched, all. What a table puts out says nothing
+    about units in front of it, which would be frozen with it: a decoder's is left a stray."""
+    if order is None:
+        return list(tables)
+    first = min((span[0] for _, unit in units if (span := _interval(unit, order))), default=0)
+    return [table for table in tables if (span := _interval(table[1], order)) and span[1] < first]
 
 
 def _interval(unit: nn.Module, order: ExecutionOrder) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ Names:
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +45,17 @@ Values = list[float | None]
 
 def score_lags(interval: int) -> tuple[int, int, int]:
     """Distances in steps for `PLASTICITY`. Snapshots are handed over every `interval` steps, so these are multiples."""
-    return (2 * interval, 4 * interval, 8 * interval)
+    return _multiples(2 * interval)
+
+
+def longer_lags(lags: tuple[int, int, int], interval: int) -> tuple[int, int, int]:
+    """Those for a longer interval: the same distances while they are multiples of it, for what was seen so far is worth most
+    beside scores of the same kind; else the next ones that are."""
+    return _multiples(math.ceil(lags[0] / interval) * interval)
+
+
+def _multiples(lag: int) -> tuple[int, int, int]:
+    return (lag, 2 * lag, 4 * lag)
 
 
 def _name(block: Block) -> str:
@@ -104,9 +115,9 @@ class Signals:
         return any(name in (*PLASTICITY, FLOOR) for name in self._names)
 
     def set_interval(self, interval: int) -> None:
-        """Scores are to compare over other distances from the next submit on. A multiple of the interval before: then
-        the reference has already what it needs for them."""
-        self._lags = score_lags(interval)
+        """The interval has become longer, and maybe the distances. It is a multiple of the one before: then the reference has
+        already what it needs."""
+        self._lags = longer_lags(self._lags, interval)
 
     @property
     def lag_steps(self) -> int | None:

@@ -1,9 +1,12 @@
 """The scores of one block at one evaluation, and whether they may be reckoned with.
 
-visible      all known, finite, at least `VISIBLE` floors, and of a kind with each other
-near floor   known, but one of them under `VISIBLE` floors: the block moves less than can be seen
+visible      all known, finite, S(4L) at least `VISIBLE` floors, and of a kind with each other
+near floor   known, but S(4L) under `VISIBLE` floors: the block moves less than can be seen
 at odds      known and above the floor, but no measures of one movement: noise
 unknown      anything else
+
+Where S(L) alone drowns in the floor nobody knows how the movement grows with the distance. The most is assumed, that the block
+moves steadily: S(L) is then a sixteenth of S(4L).
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Final
 VISIBLE: Final = 3.0
 AT_ODDS: Final = 4.0
 """S(2L) lies between S(L) and S(4L), give or take this factor."""
+
+STEADY: Final = 16.0
+"""S(4L) over S(L) of a block that moves steadily: they are squared distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +41,24 @@ class Scores:
 def visible(scores: Scores) -> tuple[float, float] | None:
     """S(L) and S(4L) if the evaluation is visible."""
     known = _known(scores)
-    if known is None or near_floor(scores) or not _of_a_kind(*known[:3]):
+    if known is None or near_floor(scores):
         return None
-    return known[0], known[2]
+    near, middle, far = _measures(*known)
+    return (near, far) if _of_a_kind(near, middle, far) else None
 
 
 def near_floor(scores: Scores) -> bool:
     known = _known(scores)
-    return known is not None and min(known[:3]) < VISIBLE * known[3]
+    return known is not None and known[2] < VISIBLE * known[3]
 
 
 def at_odds(scores: Scores) -> bool:
     known = _known(scores)
-    return known is not None and not near_floor(scores) and not _of_a_kind(*known[:3])
+    return known is not None and not near_floor(scores) and not _of_a_kind(*_measures(*known))
+
+
+def _measures(near: float, middle: float, far: float, floor: float) -> tuple[float, float, float]:
+    return near if near >= VISIBLE * floor else far / STEADY, middle, far
 
 
 def _of_a_kind(near: float, middle: float, far: float) -> bool:

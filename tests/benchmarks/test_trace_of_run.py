@@ -55,6 +55,9 @@ def test_a_folder_without_decisions_is_refused(tmp_path: Path, capsys: pytest.Ca
         assert says in capsys.readouterr().err
 
 
-def test_a_run_whose_interval_changed_is_refused() -> None:
-    with pytest.raises(ValueError, match="the interval changed at step 7"):
-        trace_of([BLOCKS, decision(5), {"kind": "interval", "step": 7, "was": 5, "interval": 10}, decision(15)])
+def test_a_run_whose_distances_changed_is_refused_and_one_whose_interval_alone_did_is_not() -> None:
+    longer = {"kind": "interval", "step": 7, "was": 5, "interval": 10}
+    trace = trace_of([BLOCKS, decision(5), longer, decision(15)])
+    assert trace["interval"] == trace["lag_steps"] == 10 and len(trace["records"]) == 2
+    with pytest.raises(ValueError, match="the distances changed at step 7"):
+        trace_of([BLOCKS, decision(5), {**longer, "interval": 15}, decision(15)])

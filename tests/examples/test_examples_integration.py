@@ -76,12 +76,12 @@ def test_minilm_freezes_its_front_and_learns(tiny_language: Path, tmp_path: Path
     policy = ["--policy", "linear:start=0.5,stop=0.8,fraction=0.67"]
     text = run([*KGTRUN, *policy, *script, "--json-out", str(figures)], tmp_path)
     found = json.loads(figures.read_text())
-    assert (found["freezing"]["num_blocks"], found["steps"]) == (3, 150)
+    assert (found["freezing"]["num_blocks"], found["steps"]) == (4, 150)
     assert found["freezing"]["frontier"] == 2
     assert found["accuracy"] > 0.3
     assert [set(epoch) for epoch in found["epochs"]] == [{"loss", "accuracy", "val_wall_s", "val_cpu_s"}] * 6
     assert found["test_wall_s"] > 0
-    assert "2 of 3 blocks frozen" in text
+    assert "2 of 4 blocks frozen" in text
     assert "left out" in text
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.errors import BlockError
 from kgt_ddp.execution_order import watch
-from kgt_ddp.partition import chosen_units, find_units
+from kgt_ddp.partition import chosen_units, find_tables, find_units
 from tests.kgt_ddp.networks import (
     EncoderDecoder,
     Layer,
@@ -88,10 +88,54 @@ def test_hugging_face_bert_is_cut_into_its_layers():
     pytest.importorskip("transformers")
     model = small_bert(layers=5)
     blocks = ordered(model, input_ids=torch.ones(2, 4, dtype=torch.long), attention_mask=torch.ones(2, 4))
-    assert len(blocks) == 6
-    assert any("embeddings" in n for n in parameters_of(blocks[0]))
-    assert all(n.startswith(("bert.pooler", "classifier")) for n in parameters_of(blocks[5]))
+    assert [block.name for block in blocks.blocks[:2]] == ["bert.embeddings", "bert.encoder.layer.0"]
+    assert len(blocks) == 7
+    assert all(n.startswith("bert.embeddings") for n in parameters_of(blocks[0]))
+    assert all(n.startswith(("bert.pooler", "classifier")) for n in parameters_of(blocks[6]))
     assert_partition(model, blocks)
+
+
+@pytest.mark.parametrize(("vocabulary", "heavy"), [(16, False), (1_000, True)])
+def test_an_embedding_as_heavy_as_a_layer_is_a_block_of_its_own(vocabulary, heavy):
+    model = EncoderDecoder(vocabulary=vocabulary)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    names = [block.name for block in ordered(model, ids, ids).blocks]
+    # Both are looked up in front of the encoder.
+    assert names[:2] == (["source", "target"] if heavy else [f"transformer.encoder.layers.{i}" for i in range(2)])
+
+
+def test_a_tied_embedding_is_none_and_neither_is_one_behind_other_blocks():
+    tied = TiedLanguageModel(vocabulary=5_000)
+    assert ordered(tied, torch.ones(2, 5, dtype=torch.long))[0].name == "layers.0"
+
+    class LateTable(SmallResNet):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10_000, 5)
+
+        def forward(self, x):
+            return super().forward(x) + self.table(torch.zeros(len(x), dtype=torch.long))
+
+    blocks = ordered(LateTable(), torch.randn(2, 1, 8, 8))
+    assert [block.name for block in blocks.blocks] == [*(f"blocks.{i}" for i in range(4)), "head"]
+    assert "table.weight" in parameters_of(blocks[4])
+
+
+def test_a_bag_with_a_layer_behind_it_is_one_block():
+    class Front(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(1_000, 8)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, ids):
+            return self.norm(self.bag(ids))
+
+    model = nn.Sequential()
+    model.front, model.layers = Front(), nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    assert [name for name, _ in find_tables(model, [("layers.0", model.layers[0])])] == ["front"]
+    assert_partition(model, ordered(model, ids))
 
 
 def test_strays_join_the_first_block_executed_after_their_use():

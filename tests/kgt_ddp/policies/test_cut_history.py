@@ -85,7 +85,7 @@ def test_calm_is_judged_by_the_usual_level_and_a_plunge_at_the_start_is_not_usua
         Scores(near=1e-5, middle=math.nan, far=4e-5, floor=1e-9),
         Scores(near=1e-5, middle=2e-5, far=math.inf, floor=1e-9),
         Scores(near=1e-5, middle=2e-5, far=4e-5, floor=None),
-        Scores(near=1e-5, middle=2e-5, far=4e-5, floor=0.5e-5),  # near the floor
+        Scores(near=1e-5, middle=2e-5, far=4e-5, floor=1.5e-5),  # near the floor
         Scores(near=0.0, middle=0.0, far=0.0, floor=0.0),  # a block that does not move: frozen by hand
         Scores(near=1e-5, middle=1e-3, far=4e-5, floor=1e-9),  # S(2L) far above both its neighbours
         Scores(near=1e-3, middle=1e-7, far=1e-5, floor=1e-9),
@@ -100,11 +100,23 @@ def test_what_is_not_visible_changes_nothing(bad):
 
 
 def test_near_the_floor_and_at_odds_are_told_apart():
-    low = Scores(near=1e-9, middle=2e-9, far=4e-9, floor=1e-9)
+    low = Scores(near=1e-9, middle=2e-9, far=4e-9, floor=1.5e-9)
     odd = Scores(near=1e-5, middle=1e-3, far=4e-5, floor=1e-9)
     nan = Scores(near=1e-5, middle=math.nan, far=4e-5, floor=1e-9)
     assert [near_floor(s) for s in (low, odd, nan)] == [True, False, False]
     assert [at_odds(s) for s in (low, odd, nan)] == [False, True, False]
+
+
+def test_where_only_the_shortest_distance_drowns_in_the_floor_a_steady_movement_is_assumed():
+    assert visible(Scores(near=2e-9, middle=4e-9, far=8e-9, floor=1e-9)) == (5e-10, 8e-9)
+    assert visible(Scores(near=4e-9, middle=5e-9, far=8e-9, floor=1e-9)) == (4e-9, 8e-9)
+    noise = Scores(near=2e-9, middle=1e-7, far=8e-9, floor=1e-9)
+    assert visible(noise) is None and at_odds(noise)
+    cut = CutHistory()
+    for step in range(100, 600, 10):
+        cut.note(step, Scores(near=2e-9, middle=4e-9, far=8e-9, floor=1e-9), span=SPAN, window=WINDOW)
+    assert (seen := cut.outlook(10 * SPAN, SPAN)) is not None
+    assert seen.exponent == 2.0 and seen.to_come == pytest.approx(8e-9 * 100)
 
 
 def test_an_exact_reference_has_no_floor():

@@ -174,7 +174,7 @@ def test_scores_that_end_freeze_nothing_more():
 def test_scores_near_their_floor_freeze_nothing():
     def high(step, key, row):
         table = {r["step"]: r for r in load("resnet-cosine")["records"]}
-        return tuple(v and v / 2 for v in table[step]["plasticity"]) if key == "floor" else row
+        return tuple(v and v / 2 for v in table[step]["plasticity_4"]) if key == "floor" else row
 
     assert replay("resnet-cosine", Kgt(), change=high).moves == []
 
