@@ -61,15 +61,19 @@ VISION = {
 """`tolerance_02` and `_01` are what the policy kgt does on the ResNet with a `late_tolerance` of 0.02 and 0.01; the last is
 the policy `linear`."""
 
-LATE_TEXT = ((0.68, 4), (0.75, 5))
+LATE_TEXT = ((0.68, 5), (0.75, 6))
 TEXT = {
     "tolerance_02": Plan(LATE_TEXT),
     "tolerance_02_mean": Plan(LATE_TEXT, at_mean=True),
-    "tolerance_004": Plan(((0.72, 3), (0.76, 4))),
-    "early": Plan(((0.30, 3),)),
+    "tolerance_004": Plan(((0.72, 4), (0.76, 5))),
+    "early": Plan(((0.30, 4),)),
+    "embeddings_early": Plan(((0.10, 1),)),
+    "embeddings_late": Plan(((0.55, 1),)),
+    "kgt": Plan(((0.55, 1), (0.56, 2), (0.70, 3), (0.76, 5), (0.84, 6))),
 }
-"""MiniLM has seven blocks: six layers, the embeddings with the first, and the head. `tolerance_02` is what the policy kgt did
-there while its `late_tolerance` held for all blocks, `tolerance_004` what it did before it had one."""
+"""MiniLM has eight blocks: the embeddings, six layers, and the head. `tolerance_02` is what the policy kgt did there while its
+`late_tolerance` held for all blocks, `tolerance_004` what it did before it had one, both while the embeddings belonged to the
+first layer's block; `kgt` is what it did since they are a block."""
 
 
 @dataclass(frozen=True)

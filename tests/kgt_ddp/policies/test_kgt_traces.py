@@ -45,12 +45,12 @@ def test_a_block_that_still_owes_more_than_settled_ones_goes_when_little_of_the_
     assert lenient.first(7) < strict.first(7) - 0.1 and lenient.first(8) < strict.first(8) - 0.1
 
 
-def test_blocks_that_wander_late_owe_no_more_than_settled_ones():
+def test_blocks_that_wander_late_owe_less_than_settled_ones():
     """4,000 images, seen 24 times: from .55 on most blocks wander, and are still learning their samples."""
     found = replay("resnet-cosine", Kgt())
     assert found.first(5) < 0.55 and 0.65 < found.first(6) < found.first(7) < 0.8 < found.first(8)
     assert 0.30 < found.frozen < 0.35 and found.decisions[-1][1].frontier == 8
-    assert 0.7 < replay("minilm-warmup-linear", Kgt()).first(3) < 0.8
+    assert 0.75 < replay("minilm-warmup-linear", Kgt()).first(3) < 0.85
 
 
 @pytest.mark.parametrize("name", [*RUNS, "resnet-cosine"])
@@ -104,10 +104,11 @@ def test_cosine_without_the_learning_rate_freezes_later():
 
 
 def test_fresh_weights_in_mid_run_delay_the_block_and_all_behind_it():
-    """Block 3 (stage2.0) got random weights at half of the job. Five lags and a window later, at .7, the delay is over."""
+    """Block 3 (stage2.0) got random weights at half of the job. Five lags and a window later, at .7, the delay is over: those
+    that would have gone later do so here."""
     plain, fresh = replay("resnet-cosine", Kgt()), replay("resnet-cosine-reinit", Kgt())
     assert plain.first(5) < 0.55 and fresh.first(4) > plain.first(5) + 0.1
-    assert 0.68 < plain.first(6) < fresh.first(6)
+    assert fresh.first(4) == fresh.first(8) > 0.7 and plain.first(6) > 0.7
     assert 0.05 < fresh.frozen < plain.frozen
 
 
