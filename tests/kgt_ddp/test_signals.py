@@ -1,4 +1,4 @@
-"""Waiting for a reference, in repeatable runs and in others."""
+"""Waiting for a reference, in repeatable runs and in others; distances."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import nn
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.partition import unwrap
 from kgt_ddp.reference.client import ReferenceClient
-from kgt_ddp.signals import Signals
+from kgt_ddp.signals import Signals, longer_lags, score_lags
 from kgtrun.contract.events import EventWriter, read_events
 from tests.kgt_ddp.networks import SmallResNet
+
+
+@pytest.mark.parametrize(
+    ("before", "interval", "lag"), [(5, 10, 10), (10, 20, 20), (5, 15, 15), (10, 30, 30), (10, 50, 50), (20, 20, 40)]
+)
+def test_a_longer_interval_keeps_the_distances_while_they_are_multiples_of_it(before, interval, lag):
+    assert longer_lags(score_lags(before), interval) == (lag, 2 * lag, 4 * lag)
 
 
 @pytest.fixture
