@@ -49,7 +49,8 @@ def find_tables(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> lis
     """(name, module) of each embedding outside the units that has at least as many parameters as half of the units have.
 
     It is the outermost module that holds an `nn.Embedding` or `nn.EmbeddingBag` and no unit. One whose weight another module
-    has too (a tied output layer) is left out: it trains as long as that module does.
+    has too (a tied output layer) is left out: it trains as long as that module does. So is one that the user has frozen:
+    nothing is left to save.
     """
     inside = {id(m) for _, unit in units for m in unit.modules()}
     owners: dict[int, set[int]] = {}
@@ -65,7 +66,8 @@ def find_tables(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> lis
             continue
         taken |= parts
         tied = any(owners[id(p)] - parts for p in module.parameters())
-        if not tied and _num_parameters(module) >= enough:
+        trains = any(p.requires_grad for p in module.parameters())
+        if trains and not tied and _num_parameters(module) >= enough:
             found.append((name, module))
     return found
 

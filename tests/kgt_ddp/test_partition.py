@@ -104,6 +104,12 @@ def test_an_embedding_as_heavy_as_a_layer_is_a_block_of_its_own(vocabulary, heav
     assert names[:2] == (["source", "target"] if heavy else [f"transformer.encoder.layers.{i}" for i in range(2)])
 
 
+def test_an_embedding_that_the_user_froze_is_none():
+    model = EncoderDecoder(vocabulary=1_000)
+    model.source.requires_grad_(False)
+    assert [name for name, _ in find_tables(model, find_units(model))] == ["target"]
+
+
 def test_a_tied_embedding_is_none_and_neither_is_one_behind_other_blocks():
     tied = TiedLanguageModel(vocabulary=5_000)
     assert ordered(tied, torch.ones(2, 5, dtype=torch.long))[0].name == "layers.0"
