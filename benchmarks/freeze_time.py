@@ -73,7 +73,7 @@ TEXT = {
 }
 """MiniLM has eight blocks: the embeddings, six layers, and the head. `tolerance_02` is what the policy kgt did there while its
 `late_tolerance` held for all blocks, `tolerance_004` what it did before it had one, both while the embeddings belonged to the
-first layer's block; `kgt` is what it did since they are a block."""
+first layer's block; `kgt` is what it did with seed 0 when they had become one, before `WANDERING` in its rule."""
 
 
 @dataclass(frozen=True)

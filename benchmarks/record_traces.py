@@ -31,7 +31,6 @@ from torch.nn import functional
 from benchmarks.ordered_blocks import ordered_blocks
 from benchmarks.pairing_workloads import WORKLOADS, Workload
 from benchmarks.traces import SIGNALS, rounded, write
-from kgt_ddp.policies.kgt import LAG_INTERVALS
 from kgt_ddp.policies.policy import Observation, Policy
 from kgt_ddp.policy_spec import parse_policy
 from kgt_ddp.reference.arena import named_tensors
@@ -39,6 +38,7 @@ from kgt_ddp.reference.model import model_from, pickled_structure
 from kgt_ddp.reference.pairing import compare
 from kgt_ddp.reference.runner import Similarities, make_runner
 from kgt_ddp.reference.samples import sub_batch
+from kgt_ddp.signals import score_lags
 from kgt_ddp.weight_mean import WeightMean
 
 FLOOR_EVERY = 8
@@ -139,7 +139,7 @@ class Recorder:
         if len(self._remembered) % FLOOR_EVERY == 0:
             self._exact.load(weights)
             self._floor = self._compare(self._exact.similarities(self._probe), now)
-        lag = LAG_INTERVALS * self._interval
+        lag = score_lags(self._interval)[0]
         unknown: list[float | None] = [None] * len(self.blocks)
         signals = {
             name: self._compare(self._remembered[step - times * lag], now)
@@ -169,7 +169,7 @@ class Recorder:
             num_blocks=len(self.blocks),
             frontier=self.blocks.frontier,
             learning_rate=learning_rate,
-            lag_steps=LAG_INTERVALS * self._interval,
+            lag_steps=score_lags(self._interval)[0],
             signals={name: tuple(values) for name, values in signals.items()},
         )
         decision = self._policy.decide(observation)
@@ -262,7 +262,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "blocks": recorder.names,
         "total_steps": total_steps,
         "interval": interval,
-        "lag_steps": LAG_INTERVALS * interval,
+        "lag_steps": score_lags(interval)[0],
         **held_out(job, tested),
         "wall_s": round(time.perf_counter() - started, 1),
         "records": recorder.records,

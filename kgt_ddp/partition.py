@@ -52,17 +52,16 @@ def find_tables(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> lis
     has too (a tied output layer) is left out: it trains as long as that module does. So is one that the user has frozen:
     nothing is left to save.
     """
-    inside = {id(m) for _, unit in units for m in unit.modules()}
+    taken = {id(m) for _, unit in units for m in unit.modules()}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     enough = statistics.median(_num_parameters(unit) for _, unit in units) if units else 0
     found: list[tuple[str, nn.Module]] = []
-    taken: set[int] = set()
     for name, module in model.named_modules():
         parts = {id(m) for m in module.modules()}
-        if parts & (inside | taken) or not any(isinstance(m, _TABLES) for m in module.modules()):
+        if not parts.isdisjoint(taken) or not any(isinstance(m, _TABLES) for m in module.modules()):
             continue
         taken |= parts
         tied = any(owners[id(p)] - parts for p in module.parameters())

@@ -44,7 +44,8 @@ Values = list[float | None]
 
 
 def score_lags(interval: int) -> tuple[int, int, int]:
-    """Distances in steps for `PLASTICITY`. Snapshots are handed over every `interval` steps, so these are multiples."""
+    """Distances in steps for `PLASTICITY`. Snapshots are handed over every `interval` steps, so these are multiples.
+    The longest is about a twentieth of a job of 150 decisions."""
     return _multiples(2 * interval)
 
 
