@@ -12,7 +12,11 @@ cut behind it. S(d) is the plasticity between two versions d steps apart, a squa
     usual     the median of the past's terms: the level at which it mostly moved, once a plunge at the start is the
               smaller part of them
 
-Only visible evaluations (`scores`) are reckoned with. A block that had calmed down, and whose score is suddenly far above
+Only visible evaluations (`scores`) are reckoned with, and those near the floor as the most that they may be: they count
+for the level, and for nothing that is past. Once they are all there is (`MIN_SEEN` in a row), what is to come is bounded,
+whatever the peak was and whether anything was ever seen.
+
+A block that had calmed down, and whose score is suddenly far above
 all of its window and the highest of the run, is no longer the one it was (fresh weights, for instance): its history
 begins anew, 5L steps later, when no score compares across the jump any more.
 """
@@ -26,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from kgt_ddp.policies.scores import Scores, at_odds, near_floor, visible
+from kgt_ddp.policies.scores import STEADY, Scores, at_odds, hidden, near_floor, visible
 
 CALM: Final = 0.25
 JUMP: Final = 3.0
@@ -54,7 +58,11 @@ class Outlook:
 
     level: float
     exponent: float
+    measured: bool
+    """Whether the exponent is, and not assumed where S(L) drowned."""
     to_come: float
+    own: float
+    """The same as a share of what is past of this cut."""
     declined: bool
     """Three of four scores of the window are under `DECLINE` times the peak."""
     halved: bool
@@ -89,12 +97,13 @@ class CutHistory:
     num_still: int = 0
     """Visible evaluations in a row after which the policy found the cut still."""
 
-    def note(self, step: int, scores: Scores, *, span: int, window: int) -> bool:
-        """Take in an evaluation. Returns whether it is visible, and counts.
+    def note(self, step: int, scores: Scores, *, span: int, window: int, network_moves: bool = True) -> bool:
+        """Take in an evaluation. Returns whether it counts: it is visible, or near the floor and so bounded.
 
         Args:
             span: 4L, in steps.
             window: how far back levels are taken from, in steps.
+            network_moves: any cut's evaluation is visible. If none is, the floor tells nothing of this one.
         """
         self.num_scored += not scores.missing
         self.recent = [entry for entry in self.recent if entry[0] > step - window]
@@ -103,7 +112,11 @@ class CutHistory:
         if seen is None:
             if at_odds(scores):
                 self.num_still = 0
-            return False
+            bound = hidden(scores)
+            if bound is None or not network_moves or step < self.blind_until:
+                return False
+            self._remember(step, *bound, window)
+            return True
         near, far = seen
         if self._jumps_to(near):
             self.recent, self.terms, self.stride, self.peak, self.num_still = [], [], 1, 0.0, 0
@@ -111,12 +124,15 @@ class CutHistory:
         self.fastest = max(self.fastest, near)
         if step < self.blind_until:
             return False
-        if not self.recent or step - self.recent[-1][0] >= window / KEPT:
-            self.recent.append((step, near, far))
+        self._remember(step, near, far, window)
         self._count(step, far, span)
         if len(self.recent) >= MIN_SEEN:
             self.peak = max(self.peak, statistics.median(entry[2] for entry in self.recent))
         return True
+
+    def _remember(self, step: int, near: float, far: float, window: int) -> None:
+        if not self.recent or step - self.recent[-1][0] >= window / KEPT:
+            self.recent.append((step, near, far))
 
     def pace_changed(self, step: int, span: int) -> None:
         """What was seen lately says nothing about what comes, nor does any score that compares across this step. What
@@ -140,7 +156,8 @@ class CutHistory:
         Args:
             horizon: steps at the present pace that are still to come.
         """
-        if len(self.recent) < MIN_SEEN or not self.has_past:
+        drowned = self.num_near_floor >= MIN_SEEN
+        if len(self.recent) < MIN_SEEN or not (self.has_past or drowned):
             return None
         _, level, upper = statistics.quantiles((far for _, _, far in self.recent), n=4, method="inclusive")
         growth = statistics.median(far / near for _, near, far in self.recent)
@@ -149,9 +166,11 @@ class CutHistory:
         return Outlook(
             level=level,
             exponent=exponent,
+            measured=growth != STEADY,  # what is assumed is exactly that
             to_come=to_come,
             declined=upper < DECLINE * self.peak,
-            halved=upper < HALVED * self.peak,
+            halved=drowned or upper < HALVED * self.peak,
+            own=to_come / past if (past := self.past()) else math.inf,
             smooth=self._roughness() < ROUGH,
             calmed=len(self.terms) >= MIN_USUAL and upper < CALMED * statistics.median(self.terms) / self.stride,
         )

@@ -9,8 +9,9 @@ S(L), S(2L) and S(4L) between evaluation-mode passes of snapshots of fixed dista
     late      to come < late_tolerance × the deepest block's past, or `WANDERING` × tolerance × that where the network
               wanders, it is under half of its own peak, and little of the training is left
 
-and its scores hang together, for `PATIENCE` visible evaluations in a row, `LONG_PATIENCE` where the learning rate is not
-falling. All of it is relative, to how far the network as a whole has travelled and to the block's own history, so that
+and its scores hang together, for `PATIENCE` evaluations that count in a row, `LONG_PATIENCE` where the learning rate is not
+falling. Unless it is late and the network jitters, it owes less than `OWN` × its own past, too, or what it owes is
+`NEGLIGIBLE`. All of it is relative, to how far the network as a whole has travelled and to the block's own history, so that
 precision, samples, schedule and scale cancel. Everything in front of a still cut is frozen at once, also a block that by
 itself is up to `FRONT` times as restless, is near its floor, or was never scored; not one whose scores went missing. The
 last fifth of the blocks always trains.
@@ -67,9 +68,15 @@ JITTER: Final = 0.5
 it owes is then mostly noise that the falling rate takes away, and its mean is near that point; what wanders is still
 learning, and its mean is a place that it has left."""
 WANDERING: Final = 0.25
-"""Times `tolerance`: what wanders and is only at half of its peak is still learning. The embeddings of a network that is
-fine-tuned owe so little, and may be half of it; with four times as much four of eight blocks of MiniLM were frozen at .62 and
-it lost 0.7 points."""
+"""Times `tolerance`: what wanders and is only at half of its peak is still learning. With four times as much four of eight
+blocks of MiniLM were frozen at .62 and it lost 0.7 points."""
+OWN: Final = 0.05
+"""Share of a cut's own past that it may still owe. From random weights all blocks travel about as far as each other; in
+fine-tuning the front ones go a thousandth of the deepest's way, and at a small share of that may have a third of their own to
+go: so the first layers of MiniLM did at 0.58 of the job, which cost it twice the loss of waiting."""
+NEGLIGIBLE: Final = 0.05
+"""Times `tolerance`: so little beside the network's movement that its own past does not matter. MiniLM's embeddings, half of
+what a step costs, owe a hundred-thousandth."""
 LEFT: Final = 0.2
 """Share of the blocks, from the deep end, that always train: they follow what the frozen ones were left with."""
 
@@ -122,8 +129,9 @@ class Kgt:
             self._begin_afresh(observation.step, span)
         scores = _scores(observation)
         window = self._window(observation, span)
+        network_moves = any(visible(one) for one in scores)
         seen = [
-            cut.note(observation.step, one, span=span, window=window)
+            cut.note(observation.step, one, span=span, window=window, network_moves=network_moves)
             for cut, one in zip(self._cuts, scores, strict=True)
         ]
         if observation.frontier and (why := self._why_thaw(observation, event, scores, span)):
@@ -192,7 +200,9 @@ class Kgt:
             elif visible_now:
                 settled = outlook.declined and outlook.calmed and share < self.tolerance
                 late = outlook.halved and ahead < self._late_from(block) and share < late_tolerance
-                cut.num_still = cut.num_still + 1 if outlook.smooth and (settled or late) else 0
+                # What jitters owes is noise, whatever its past.
+                arrived = (late and jitters) or outlook.own < OWN or share < NEGLIGIBLE * self.tolerance
+                cut.num_still = cut.num_still + 1 if outlook.smooth and arrived and (settled or late) else 0
 
     def _late_from(self, block: int) -> float:
         """What the rates may still have to give, over what they have given, where it is late for this block."""
@@ -279,7 +289,7 @@ def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float
 
 def _jitters(outlooks: list[Outlook | None]) -> bool:
     """Whether the network does, by most of its cuts; one cut's exponent is too uncertain."""
-    exponents = [outlook.exponent for outlook in outlooks if outlook is not None]
+    exponents = [outlook.exponent for outlook in outlooks if outlook is not None and outlook.measured]
     return bool(exponents) and statistics.median(exponents) < JITTER
 
 

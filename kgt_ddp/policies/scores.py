@@ -52,6 +52,15 @@ def near_floor(scores: Scores) -> bool:
     return known is not None and known[2] < VISIBLE * known[3]
 
 
+def hidden(scores: Scores) -> tuple[float, float] | None:
+    """The most that S(L) and S(4L) of a block near the floor may be."""
+    known = _known(scores)
+    if known is None or not near_floor(scores):
+        return None
+    most = VISIBLE * known[3]
+    return most / STEADY, most
+
+
 def at_odds(scores: Scores) -> bool:
     known = _known(scores)
     return known is not None and not near_floor(scores) and not _of_a_kind(*_measures(*known))
