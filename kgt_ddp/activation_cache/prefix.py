@@ -26,6 +26,9 @@ FORMAT = 1
 COMPILED = "the model is compiled"
 _OUR_HOOKS = "kgt_ddp."
 _EDGE = "kgt_ddp.prefix_edge"
+_PASSES_ON = ("transformers.modeling_layers", "GradientCheckpointingLayer")
+"""A class whose `__call__`, in releases of transformers that have one (5.17 has, 5.23 has not), ends in `nn.Module`'s: it
+checkpoints while the layer is in training mode, which a frozen one is not."""
 
 
 class Prefix:
@@ -78,7 +81,7 @@ class Prefix:
         if any(torch_private.is_compiled(module) for module in [self._model, *self._inside]):
             return COMPILED
         for module in self._inside:
-            if type(module).__call__ is not nn.Module.__call__:
+            if not _called_as_usual(module):
                 return f"{self.name_of(module)} is not called as other modules are"
         return self.hooked()
 
@@ -139,6 +142,12 @@ class Prefix:
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(t.data_ptr(), torch_private.writes(t)) for _, t in self._tensors]
+
+
+def _called_as_usual(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its `forward`, which the cache may stand in for."""
+    caller = next(kind for kind in type(module).__mro__ if "__call__" in vars(kind))
+    return caller is nn.Module or (caller.__module__, caller.__qualname__) == _PASSES_ON
 
 
 def _source(kind: type) -> str:

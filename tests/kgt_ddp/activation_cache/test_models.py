@@ -69,12 +69,39 @@ def t5_encoder():
     return Classifier()
 
 
+def call_and_pass_on(self, *args, **kwargs):
+    """As layers of transformers do, up to 5.17 at least."""
+    if self.gradient_checkpointing and self.training:
+        return checkpoint(super(type(self), self).__call__, *args, use_reentrant=False, **kwargs)
+    return super(type(self), self).__call__(*args, **kwargs)
+
+
+def vit_of(layer):
+    """A ViT whose layers are of a class made of `Layer`."""
+    model = SmallViT()
+    for block in model.blocks:
+        block.__class__ = layer
+    return model
+
+
+TransformersLayer = type(
+    "GradientCheckpointingLayer",
+    (Layer,),
+    {
+        "__module__": "transformers.modeling_layers",
+        "__call__": call_and_pass_on,
+        "gradient_checkpointing": True,
+    },
+)
+
+
 CASES = {
     "resnet": (SmallResNet, images(), (1, 2, 3, 4)),
     "vit": (SmallViT, images(), (1, 3)),
     "bert": (small_bert, texts(range(16)), (1, 3)),
     "encoder_decoder": (EncoderDecoder, pairs(), (1, 2)),
     "t5_encoder": (t5_encoder, [((source,), {}) for (source, _), _ in pairs()], (1, 2)),
+    "vit_transformers": (lambda: vit_of(TransformersLayer), images(), (1, 3)),
     "vit_checkpoint": (lambda: SmallViT(checkpointing="yes"), images(), (2,)),
 }
 
@@ -336,6 +363,11 @@ def hooked(model):
     model.blocks[1].conv.register_forward_hook(lambda *_: None)
 
 
+class OddlyCalled(Layer):
+    def __call__(self, x):
+        return self.forward(x)
+
+
 IDS = [((ids,), {}) for (ids, _), _ in pairs()]
 REFUSED = {
     "skip": (Skips, images(), {}, "reads inside block blocks.0 from behind"),
@@ -351,6 +383,7 @@ REFUSED = {
         {},
         "'0' needs a gradient",
     ),
+    "oddly_called": (lambda: vit_of(OddlyCalled), images(), {}, "blocks.0 is not called as other modules are"),
     "one_sample": (SmallResNet, images(8, size=1), {}, "no batch was fit for the check"),
 }
 
