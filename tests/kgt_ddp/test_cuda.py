@@ -1,16 +1,20 @@
-"""The CUDA paths on one GPU with NCCL: parity with plain DDP, frozen bits, the profile's events, the copy to the reference.
+"""The CUDA paths on one GPU: parity with plain DDP, frozen bits, the profile's events, the copy to the reference, loss
+scaling, compiled models. One rank by NCCL, or two by gloo, for NCCL takes one rank a GPU.
 
-Skipped without a CUDA device. Not run yet on any GPU (docs/freezing.md says so until they were).
+Skipped without a CUDA device; docs/development.md says where they ran.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from kgt_ddp.reference.arena import Layout, memory_file, named_tensors
 from kgt_ddp.reference.transfer import Transfer
+from kgtrun.contract.events import read_events
 from tests.kgt_ddp.networks import SmallResNet
+from tests.kgt_ddp.reference.conftest import Reference
 from tests.kgt_ddp.training import OPTIMIZERS, differing, image_batch, snapshot
 
 pytestmark = [
@@ -29,6 +33,22 @@ def steps(ddp, optimizer, count, start=0):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def scaled_steps(ddp, optimizer, count):
+    """In fp16 with a scaler, whose first scale is so high that it must skip a step or two."""
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+    losses = []
+    for step in range(count):
+        x, y = (t.cuda() for t in image_batch(step, 0))
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = nn.functional.cross_entropy(ddp(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    return losses, scaler.get_scale()
 
 
 def with_nccl(fn):
@@ -124,3 +144,150 @@ def test_weights_arrive_in_shared_memory():
     torch.cuda.synchronize()
     assert transfer.done()
     assert all(torch.equal(slot[name], tensor.detach().cpu()) for name, tensor in tensors.items())
+
+
+def test_under_loss_scaling_freezing_off_equals_plain_ddp_and_a_frozen_prefix_stays():
+    from torch.nn.parallel import DistributedDataParallel
+
+    from kgt_ddp import FreezeAwareDDP
+
+    def compare():
+        sides = []
+        for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
+            torch.manual_seed(3)
+            ddp = wrap(SmallResNet().cuda(), device_ids=[0])
+            sides.append((scaled_steps(ddp, OPTIMIZERS["sgd"](ddp.parameters()), 20), snapshot(ddp)))
+        torch.manual_seed(3)
+        ddp = FreezeAwareDDP(SmallResNet().cuda(), device_ids=[0], policy="static:blocks=3,step=6", interval=3)
+        optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+        scaled_steps(ddp, optimizer, 30)
+        before = snapshot(ddp.module)
+        losses, _ = scaled_steps(ddp, optimizer, 10)
+        moved = set(differing(before, snapshot(ddp.module)))
+        frozen = {n for b in ddp.freezing.blocks.blocks[:3] for n, _ in b.parameters}
+        return sides, ddp.freezing.frontier, frozen, moved, losses
+
+    sides, frontier, frozen, moved, losses = with_nccl(compare)
+    ((plain_losses, scale), plain), ((our_losses, our_scale), ours) = sides
+    assert plain_losses == our_losses and scale == our_scale < 2.0**24
+    assert differing(plain, ours) == []
+    assert frontier == 3 and moved and not frozen & moved
+    assert all(torch.tensor(losses).isfinite())
+
+
+def two_on_one_gpu(rank, world, policy, steps_before, steps_after):
+    from torch.backends import cudnn  # not by way of torch: a module that cannot travel
+    from torch.nn.parallel import DistributedDataParallel
+
+    from kgt_ddp import FreezeAwareDDP
+
+    cudnn.deterministic = True
+    torch.manual_seed(3)
+    net = SmallResNet().cuda()
+    ddp = FreezeAwareDDP(net, policy=policy, interval=3) if policy else DistributedDataParallel(net)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    losses, taken = [], []
+    for step in range(steps_before + steps_after):
+        if step == steps_before:
+            taken = snapshot(net)
+        x, y = (t.cuda() for t in image_batch(step, rank))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(ddp(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    after = {name: tensor.cpu() for name, tensor in snapshot(net).items()}
+    before = {name: tensor.cpu() for name, tensor in taken.items()}
+    if not policy:
+        return losses, before, after, 0, set()
+    frozen = {n for b in ddp.freezing.blocks.blocks[: ddp.freezing.frontier] for n, _ in b.parameters}
+    dropped = ddp.freezing.summary()
+    ddp.freezing.close()
+    return losses, before, after, dropped["frontier"], frozen
+
+
+def test_two_ranks_of_one_gpu_equal_plain_ddp_and_each_other_when_blocks_freeze_at_their_mean(run_ranks):
+    plain = run_ranks(2, two_on_one_gpu, None, 10, 10)
+    ours = run_ranks(2, two_on_one_gpu, "none", 10, 10)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine[0] == theirs[0] and differing(mine[2], theirs[2]) == []
+    first, second = run_ranks(2, two_on_one_gpu, "static:blocks=3,step=9,weight_mean=0.1", 20, 20)
+    assert first[3] == second[3] == 3
+    weights = [
+        {n: t for n, t in one[2].items() if "running" not in n and "num_batches" not in n} for one in (first, second)
+    ]
+    assert differing(*weights) == []
+    moved = set(differing(first[1], first[2]))
+    assert moved and not first[4] & moved
+
+
+def heard_on_gpu(rank, world, count, device):
+    from kgt_ddp import FreezeAwareDDP
+
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet().to(device), policy="kgt", interval=3, total_steps=count)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    for step in range(count):
+        x, y = (t.to(device) for t in image_batch(step, 0))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    stats = ddp.freezing.summary()["reference"]
+    ddp.freezing.close()
+    return stats
+
+
+@pytest.fixture
+def reference(tmp_path):
+    made = Reference(tmp_path)
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_the_reference_scores_weights_of_the_gpu_as_it_does_those_of_the_cpu(run_ranks, reference, tmp_path):
+    """Repeatable runs, so that each scores the same steps. Trainings differ by the order of additions."""
+    scores = {}
+    for device in ("cpu", "cuda"):
+        run_dir = tmp_path / device
+        environ = {
+            "KGTRUN_REFERENCE_DIR": str(reference.directory),
+            "KGTRUN_NUM_REFERENCES": "1",
+            "KGTRUN_DETERMINISTIC": "1",
+            "KGTRUN_RUN_DIR": str(run_dir),
+        }
+        (stats,) = run_ranks(1, heard_on_gpu, 210, device, env=environ, timeout_s=150)
+        assert stats["scores"] > 10 and stats["dropped"] == 0
+        events = [e for e in read_events(run_dir) if e["kind"] == "score"]
+        scores[device] = {(e["step"], e["lag_steps"]): e["values"] for e in events}
+    assert scores["cpu"].keys() == scores["cuda"].keys()
+    early = [key for key in scores["cpu"] if key[0] <= 24]
+    assert early
+    for key in early:
+        assert scores["cuda"][key] == pytest.approx(scores["cpu"][key], rel=0.1, abs=1e-6)
+
+
+def test_a_compiled_model_freezes_and_stays_frozen():
+    from kgt_ddp import FreezeAwareDDP
+
+    def run():
+        torch.manual_seed(3)
+        ddp = FreezeAwareDDP(SmallResNet().cuda(), device_ids=[0], policy="static:blocks=3,step=6", interval=3)
+        optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+        compiled = torch.compile(ddp)
+        losses = []
+        for step in range(30):
+            if step == 20:
+                before = snapshot(ddp.module)
+            x, y = (t.cuda() for t in image_batch(step, 0))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(compiled(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        frozen = {n for b in ddp.freezing.blocks.blocks[:3] for n, _ in b.parameters}
+        return ddp.freezing.frontier, frozen, set(differing(before, snapshot(ddp.module))), losses
+
+    frontier, frozen, moved, losses = with_nccl(run)
+    assert frontier == 3 and moved and not frozen & moved
+    assert all(torch.tensor(losses).isfinite())
