@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from kgt_ddp import CachedLoader
 from tests.kgt_ddp.activation_cache.jobs import both, equal, farthest, job
 from tests.kgt_ddp.activation_cache.test_models import CASES
-from tests.kgt_ddp.networks import SmallResNet
+from tests.kgt_ddp.networks import Residual, SmallResNet, SmallViT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +40,44 @@ def test_outputs_and_gradients_are_those_without_the_cache(name, frontier, tmp_p
     assert summary["reason"] is None
     assert summary["full_batches"] >= 5
     assert equal(ours, theirs) if name == "resnet" else farthest(ours, theirs) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["tf32", "autocast inside", "autocast outside"])
+def test_kernels_that_round_within_fp32_are_not_taken_for_samples_that_depend_on_each_other(
+    kind, tmp_path, monkeypatch
+):
+    """Convolutions in TF32 (torch's default) and layers under autocast, whose outputs are fp32: half a batch differs from
+    the whole by a thousandth and more."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    class Wide(SmallViT):
+        def __init__(self):
+            super().__init__(width=256)
+
+        def forward(self, x):
+            with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast inside"):
+                return super().forward(x).float()
+
+    batches = [((torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(i)).cuda(),), {}) for i in range(4)]
+    make = WideResNet if kind == "tf32" else Wide
+    with torch.autocast("cuda", torch.bfloat16, enabled=kind == "autocast outside"):
+        ours, theirs, summary = both(lambda: make().cuda(), batches, 3, tmp_path)
+    assert summary["reason"] is None and summary["full_batches"] >= 5
+    assert farthest(ours, theirs) < 3e-2
+
+
+class WideResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 128, 3, padding=1)
+        self.blocks = nn.ModuleList([Residual(128) for _ in range(4)])
+        self.head = nn.Linear(128, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
