@@ -85,7 +85,6 @@ def test_calm_is_judged_by_the_usual_level_and_a_plunge_at_the_start_is_not_usua
         Scores(near=1e-5, middle=math.nan, far=4e-5, floor=1e-9),
         Scores(near=1e-5, middle=2e-5, far=math.inf, floor=1e-9),
         Scores(near=1e-5, middle=2e-5, far=4e-5, floor=None),
-        Scores(near=1e-5, middle=2e-5, far=4e-5, floor=1.5e-5),  # near the floor
         Scores(near=0.0, middle=0.0, far=0.0, floor=0.0),  # a block that does not move: frozen by hand
         Scores(near=1e-5, middle=1e-3, far=4e-5, floor=1e-9),  # S(2L) far above both its neighbours
         Scores(near=1e-3, middle=1e-7, far=1e-5, floor=1e-9),
@@ -97,6 +96,41 @@ def test_what_is_not_visible_changes_nothing(bad):
     before = cut.outlook(100, SPAN)
     assert not cut.note(240, bad, span=SPAN, window=WINDOW)
     assert cut.outlook(100, SPAN) == before
+
+
+NEAR_FLOOR = Scores(near=1e-6, middle=2e-6, far=4e-6, floor=2e-6)
+
+
+def test_near_the_floor_the_level_is_at_most_three_floors_and_nothing_is_past():
+    cut = history([1e-5] * 20)
+    before = (cut.past(), cut.peak, cut.fastest)
+    for step in range(240, 360, 10):
+        assert cut.note(step, NEAR_FLOOR, span=SPAN, window=WINDOW)
+    outlook = cut.outlook(80, SPAN)
+    assert outlook.level == pytest.approx(6e-6) and not outlook.measured
+    assert outlook.to_come == pytest.approx(6e-6 * 2**2)  # steady movement, the most there is
+    assert (cut.past(), cut.peak, cut.fastest) == before
+
+
+def test_a_cut_that_was_never_seen_is_bounded_and_owes_more_than_its_past_and_is_halved():
+    cut = CutHistory()
+    for step in range(40, 160, 10):
+        assert cut.outlook(80, SPAN) is None or step > 80
+        cut.note(step, NEAR_FLOOR, span=SPAN, window=WINDOW)
+    outlook = cut.outlook(80, SPAN)
+    assert outlook.own == math.inf and outlook.halved and not outlook.declined
+
+
+def test_a_floor_that_hides_the_whole_network_bounds_nothing():
+    cut = history([1e-5] * 20)
+    before = cut.outlook(100, SPAN)
+    assert not cut.note(240, NEAR_FLOOR, span=SPAN, window=WINDOW, network_moves=False)
+    assert cut.outlook(100, SPAN) == before
+
+
+def test_what_is_to_come_as_a_share_of_its_own_past():
+    cut = history([1e-5] * 21)
+    assert cut.outlook(40, SPAN).own == pytest.approx(4e-5 / (6 * 4e-5))
 
 
 def test_near_the_floor_and_at_odds_are_told_apart():

@@ -11,6 +11,7 @@ import random
 
 import pytest
 
+from kgt_ddp.policies import kgt
 from kgt_ddp.policies.kgt import Kgt
 from tests.kgt_ddp.policies.drive import drive, frontiers
 
@@ -145,6 +146,31 @@ def test_a_front_block_near_the_floor_does_not():
         row[0] = FLOOR / 2
     found = run(near)
     assert found[first(found, 1)].frontier >= 2
+
+
+def test_a_front_block_that_was_never_above_the_floor_freezes_when_it_is_late_whatever_is_behind_it():
+    """Three floors are a hundred-thousandth of what the network moves. The floor of all others hides nothing."""
+    near = [[1e-9, 1e-3, 1e-3, 1e-3] for _ in range(150)]
+    found = run(near, floor=1e-8, learning_rate=cosine())
+    assert 0.4 * 150 < first(found, 1) < 0.7 * 150 and found[-1].frontier == 1
+    assert set(frontiers(run([[1e-9] * 4] * 150, floor=1e-8, learning_rate=cosine()))) == {0}
+
+
+def fine_tuning(front=1e-6, count=150):
+    """The front block goes a thousandth of the others' way, at a pace that falls with the rate."""
+    rates = [rate / 0.1 for rate in cosine(count)]
+    return [[front * rate**2, 1e-3, 1e-3, 1e-3] for rate in rates]
+
+
+def test_a_wandering_front_block_must_have_come_most_of_its_own_way_however_little_that_is(monkeypatch):
+    """It owes a third of its own way, which is little beside the network's: that was enough once."""
+    waits = run(fine_tuning(4e-6), learning_rate=cosine())
+    monkeypatch.setattr(kgt, "OWN", math.inf)
+    before = run(fine_tuning(4e-6), learning_rate=cosine())
+    assert first(before, 1) + 10 < first(waits, 1) < 130
+    monkeypatch.undo()
+    negligible = run(fine_tuning(1e-8), learning_rate=cosine())
+    assert first(negligible, 1) < first(waits, 1)
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf, 0.0, FLOOR / 2])
