@@ -68,8 +68,8 @@ JITTER: Final = 0.5
 it owes is then mostly noise that the falling rate takes away, and its mean is near that point; what wanders is still
 learning, and its mean is a place that it has left."""
 WANDERING: Final = 0.25
-"""Times `tolerance`: what wanders and is only at half of its peak is still learning. With the whole of it four of nine blocks of
-a small ResNet were frozen at the end of a cosine that restarts."""
+"""Times `tolerance`: what wanders and is only at half of its peak is still learning. With the whole of it four of ten blocks
+of a small ResNet were frozen at the end of a cosine that restarts."""
 OWN: Final = 0.05
 """Share of a cut's own past that it may still owe. From random weights all blocks travel about as far as each other; in
 fine-tuning the front ones go a thousandth of the deepest's way, and at a small share of that may have a third of their own to
