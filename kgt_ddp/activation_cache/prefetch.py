@@ -5,7 +5,7 @@ sample passed before. Ids are hints only: a batch takes what was read ahead for 
 really holds, so a wrong or unstable id costs a read and never yields another sample's activation.
 
 At most `DEPTH` batches are held. On CUDA the host side is pinned and the copy to the device runs on a stream of its own,
-which the training stream waits for when it takes the batch. (This path is written but was not run: no GPU at hand.)
+which the training stream waits for when it takes the batch.
 """
 
 from __future__ import annotations
