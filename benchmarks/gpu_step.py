@@ -8,13 +8,14 @@ AdamW. Random weights and inputs. Inputs come from pinned memory in every step, 
 
 Cases, interleaved round by round in one process:
 
-- `ddp`: stock DistributedDataParallel; `hook`: FreezeAwareDDP with policy none;
+- `ddp`: stock DistributedDataParallel; `hook`: FreezeAwareDDP with policy none; `listening`: with policy kgt, which without a
+  reference freezes nothing, but follows the mean of the weights;
 - `hand_k`: stock DDP over a model whose first k blocks were frozen before wrapping; `frozen_k`: FreezeAwareDDP whose policy
   froze them;
 - `cached_k`: the same with a full activation cache, every batch hits; `auto_k`: the same, the gate deciding.
 
-k is a third, two thirds and five sixths of the blocks. Figures, for each network: `hook_over_ddp`, `frozen_over_hand_k`,
-`frozen_speedup_k` (ddp over frozen_k), `cached_speedup_k` (frozen_k over cached_k), `auto_speedup_k`, `step_ms` of `ddp`.
+k is a third, two thirds and five sixths of the blocks. Figures, for each network: `hook_over_ddp`,
+`listening_over_ddp`, `frozen_over_hand_k`, `frozen_speedup_k` (ddp over frozen_k), `cached_speedup_k` (frozen_k over cached_k), `auto_speedup_k`, `step_ms` of `ddp`.
 """
 
 from __future__ import annotations
@@ -129,9 +130,9 @@ def jobs(name: str, *, quick: bool) -> tuple[dict[str, Job], tuple[int, ...]]:
     data = batches(name, quick=quick)
     device_ids = [DEVICE.index or 0] if DEVICE.type == "cuda" else None
 
-    def frozen(k: int, cache: str) -> Job:
+    def frozen(k: int, cache: str, policy: str = "") -> Job:
         os.environ["KGTRUN_CACHE"] = cache
-        policy = f"static:blocks={k}" if k else "none"
+        policy = policy or (f"static:blocks={k}" if k else "none")
         net = network(name, quick=quick).to(DEVICE)
         made = Job(name, FreezeAwareDDP(net, device_ids=device_ids, policy=policy, total_steps=1_000_000), data)
         made.run(1)
@@ -143,6 +144,7 @@ def jobs(name: str, *, quick: bool) -> tuple[dict[str, Job], tuple[int, ...]]:
         return Job(name, DistributedDataParallel(model.to(DEVICE), device_ids=device_ids), data)
 
     made = {"ddp": stock(network(name, quick=quick)), "hook": frozen(0, "off")}
+    made["listening"] = frozen(0, "off", "kgt")
     blocks = made["hook"].ddp.freezing.blocks
     names_of = {id(m): n for n, m in made["hook"].ddp.module.named_modules()}
     ks = tuple(sorted({max(1, round(len(blocks) * share)) for share in (1 / 3, 2 / 3, 5 / 6)}))
@@ -184,7 +186,8 @@ def main() -> None:
 
             samples = interleave({case: timed(job) for case, job in cases.items()}, rounds=rounds)
             figures.exact(f"{name} step_ms", statistics.median(samples["ddp"]) / steps * 1e3)
-            figures.sampled(f"{name} hook_over_ddp", ratios(samples["hook"], samples["ddp"]))
+            for case in ("hook", "listening"):
+                figures.sampled(f"{name} {case}_over_ddp", ratios(samples[case], samples["ddp"]))
             for k in ks:
                 figures.sampled(f"{name} frozen_over_hand_k{k}", ratios(samples[f"frozen_k{k}"], samples[f"hand_k{k}"]))
                 figures.sampled(f"{name} frozen_speedup_k{k}", ratios(samples["ddp"], samples[f"frozen_k{k}"]))
