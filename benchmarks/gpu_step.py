@@ -14,8 +14,9 @@ Cases, interleaved round by round in one process:
   froze them;
 - `cached_k`: the same with a full activation cache, every batch hits; `auto_k`: the same, the gate deciding.
 
-k is a third, two thirds and five sixths of the blocks. Figures, for each network: `hook_over_ddp`,
-`listening_over_ddp`, `frozen_over_hand_k`, `frozen_speedup_k` (ddp over frozen_k), `cached_speedup_k` (frozen_k over cached_k), `auto_speedup_k`, `step_ms` of `ddp`.
+k is a third, two thirds and five sixths of the blocks. Figures, for each network: `hook_over_ddp`, `listening_over_ddp`,
+`frozen_over_hand_k`, `frozen_speedup_k` (ddp over frozen_k), `cached_speedup_k` (frozen_k over cached_k), `auto_speedup_k`,
+`step_ms` of `ddp`.
 """
 
 from __future__ import annotations
