@@ -172,7 +172,10 @@ def compared(records: Iterable[Record]) -> list[dict[str, Any]]:
 
     def partner(record: Record) -> Record | None:
         candidates = plain.get((record["workload"], record["seed"]), [])
-        return max(candidates, key=lambda c: same_arithmetic(record, c), default=None)
+        # Of equals the last: `max` takes the first it meets.
+        return max(
+            reversed(candidates), key=lambda c: (c["heat"] == record["heat"], same_arithmetic(record, c)), default=None
+        )
 
     chosen = [r for r in records if r["policy"] != PLAIN] + [runs[-1] for runs in plain.values()]
     chosen.sort(key=lambda r: (r["workload"] != "vision", r["workload"], r["policy"] != PLAIN, r["policy"], r["seed"]))

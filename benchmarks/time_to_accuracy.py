@@ -49,11 +49,13 @@ QUICK_POLICIES = (PLAIN, "linear")
 
 
 def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> list[Record]:
-    """Runs in the file that have these settings (by workload), the last of each kind; a torn line is skipped."""
+    """Runs in the file that have these settings (by workload), the last of each kind, and of plain runs that of each heat:
+    what took its turns beside one is compared with that. A torn line is skipped."""
     found = {}
     for record in run_log.read(path):
         if record["settings"] == chosen.get(record["workload"]):
-            found[record["workload"], record["policy"], record["seed"], record.get("arithmetic")] = record
+            heat = record["heat"] if record["policy"] == PLAIN else None
+            found[record["workload"], record["policy"], record["seed"], record.get("arithmetic"), heat] = record
     return list(found.values())
 
 

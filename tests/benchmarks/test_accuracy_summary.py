@@ -123,6 +123,15 @@ def test_a_run_is_compared_with_plain_of_its_own_arithmetic_if_there_is_one() ->
     assert plain["policy"] == "none" and plain["final_quality"] == pytest.approx(92.0), "of two the last is listed"
 
 
+def test_a_run_is_compared_with_the_plain_run_that_took_its_turns_beside_it_else_with_the_last() -> None:
+    before, after = record(heat="a"), record(accuracies=(0.8, 0.9, 0.92), heat="b")
+    found = compared([before, after, record("kgt", heat="a"), record("linear", heat="b"), record("gradnorm", heat="c")])
+    by_policy = {run["policy"]: (run["plain_quality"], run["plain_clock"]) for run in found}
+    assert by_policy["kgt"] == (pytest.approx(91.0), "same turns")
+    assert by_policy["linear"] == (pytest.approx(92.0), "same turns")
+    assert by_policy["gradnorm"] == (pytest.approx(92.0), "other turns")
+
+
 def test_the_summary_has_the_agreed_keys_and_no_ratio_where_a_seed_missed_the_target() -> None:
     good = {"walls": (10.0, 60.0, 60.0, 60.0, 5.0), "accuracies": (0.8, 0.9, 0.91)}
     runs = compared(
