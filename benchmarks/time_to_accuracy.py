@@ -54,7 +54,7 @@ def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> list[R
     found = {}
     for record in run_log.read(path):
         if record["settings"] == chosen.get(record["workload"]):
-            heat = record["heat"] if record["policy"] == PLAIN else None
+            heat = record.get("heat") if record["policy"] == PLAIN else None
             found[record["workload"], record["policy"], record["seed"], record.get("arithmetic"), heat] = record
     return list(found.values())
 
