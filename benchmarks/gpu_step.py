@@ -196,7 +196,9 @@ def main() -> None:
                     pairs = ratios(samples[f"frozen_k{k}"], samples[f"{case}_k{k}"])
                     figures.sampled(f"{name} {case}_speedup_k{k}", pairs)
             summaries = {
-                case: job.ddp.freezing.cache.summary() for case, job in cases.items() if case[:4] in ("cach", "auto")
+                case: job.ddp.freezing.cache.summary()
+                for case, job in cases.items()
+                if case.startswith(("cached", "auto"))
             }
             figures.fact(f"{name} caches", summaries)
             for job in cases.values():

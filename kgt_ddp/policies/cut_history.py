@@ -16,9 +16,9 @@ Only visible evaluations (`scores`) are reckoned with, and those near the floor 
 for the level, and for nothing that is past. Once they are all there is (`MIN_SEEN` in a row), what is to come is bounded,
 whatever the peak was and whether anything was ever seen.
 
-A block that had calmed down, and whose score is suddenly far above
-all of its window and the highest of the run, is no longer the one it was (fresh weights, for instance): its history
-begins anew, 5L steps later, when no score compares across the jump any more.
+A block that had calmed down, and whose score is suddenly far above all of its window and the highest of the run, is no longer
+the one it was (fresh weights, for instance): its history begins anew, 5L steps later, when no score compares across the jump
+any more.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Outlook:
     """Whether the exponent is, and not assumed where S(L) drowned."""
     to_come: float
     own: float
-    """The same as a share of what is past of this cut."""
+    """What is to come as a share of what is past of this cut; infinite where nothing is."""
     declined: bool
     """Three of four scores of the window are under `DECLINE` times the peak."""
     halved: bool
-    """The same, under `HALVED` times the peak."""
+    """The same, under `HALVED` times the peak; or all of late drowned in the floor."""
     calmed: bool
     """Three of four scores of the window are under `CALMED` times the usual level."""
     smooth: bool
@@ -95,7 +95,7 @@ class CutHistory:
     num_near_floor: int = 0
     """Evaluations near the floor since the last visible or unknown one."""
     num_still: int = 0
-    """Visible evaluations in a row after which the policy found the cut still."""
+    """Evaluations that count in a row after which the policy found the cut still."""
 
     def note(self, step: int, scores: Scores, *, span: int, window: int, network_moves: bool = True) -> bool:
         """Take in an evaluation. Returns whether it counts: it is visible, or near the floor and so bounded.

@@ -240,10 +240,10 @@ class Kgt:
 
     def _quiet_enough(self, share: float | None, cut: CutHistory) -> bool:
         """May a still cut behind this block freeze it too?"""
-        if share is not None:
-            return share < FRONT * self.tolerance
         never_scored = cut.num_scored == 0  # nobody watches it; the cuts behind it tell of it
-        return never_scored or cut.num_near_floor >= PATIENCE
+        if never_scored or cut.num_near_floor >= PATIENCE:  # what bounds it may be far above what it does
+            return True
+        return share is not None and share < FRONT * self.tolerance
 
     def _why_thaw(self, observation: Observation, event: str | None, scores: list[Scores], span: int) -> str | None:
         if event == "drop":
