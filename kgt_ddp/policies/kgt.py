@@ -70,11 +70,11 @@ learning, and its mean is a place that it has left."""
 WANDERING: Final = 0.25
 """Times `tolerance`: what wanders and is only at half of its peak is still learning. With the whole of it four of ten blocks
 of a small ResNet were frozen at the end of a cosine that restarts."""
-OWN: Final = 0.02
+OWN: Final = 0.05
 """Share of a cut's own past that it may still owe. From random weights all blocks travel about as far as each other; in
 fine-tuning the front ones go a thousandth of the deepest's way, and at a small share of that may have a third of their own to
 go: so the first layers of MiniLM did at 0.58 of the job, which cost it twice the loss of waiting."""
-NEGLIGIBLE: Final = 0.025
+NEGLIGIBLE: Final = 0.05
 """Times `tolerance`: so little beside the network's movement that its own past does not matter. MiniLM's embeddings, half of
 what a step costs, owe a hundred-thousandth."""
 LEFT: Final = 0.2

@@ -51,7 +51,7 @@ def test_blocks_that_wander_late_owe_less_than_settled_ones():
     found = replay("resnet-cosine", Kgt())
     assert found.first(5) < 0.55 and 0.65 < found.first(6) < found.first(7) < 0.8 < found.first(8)
     assert 0.30 < found.frozen < 0.35 and found.decisions[-1][1].frontier == 8
-    assert 0.8 < replay("minilm-warmup-linear", Kgt()).first(4) < 0.9
+    assert 0.75 < replay("minilm-warmup-linear", Kgt()).first(4) < 0.85
 
 
 @pytest.mark.parametrize("name", [*RUNS, "resnet-cosine"])
@@ -242,7 +242,7 @@ def test_warm_up_and_linear_decay_freeze_late():
 
 def test_fine_tuning_freezes_the_front_that_hardly_moves_late_and_not_the_deep_end():
     """MiniLM on 20 Newsgroups, 300 steps: from the embeddings to the last layer's output movement grows a hundred
-    thousandfold. They go three quarters into the job, the first layer a little later; the last two layers move to the end."""
+    thousandfold. They and the first layer go two thirds into the job; the last two layers move to the end."""
     found = replay("minilm-warmup-linear", Kgt())
     assert 0.6 < found.first(1) < 0.8 and 0.1 < found.frozen < 0.3
     assert max(frontier for _, frontier in found.moves) <= 5
@@ -257,8 +257,8 @@ def test_fine_tuning_freezes_embeddings_at_half_and_its_layers_later(name, monke
     """MiniLM on 4,000 texts, 750 steps. The embeddings owe a hundred-thousandth of the network's movement; of the layers
     the first owes a third of its own way then, though that is a thousandth of the network's."""
     found = replay(name, Kgt())
-    assert 0.5 < found.first(1) < 0.6 < found.first(2) <= found.first(3) < 0.76
-    assert found.first(4) > 0.75 and found.first(5) > 0.85
+    assert 0.5 < found.first(1) < 0.55 and 0.6 < found.first(2) <= found.first(3) < 0.76
+    assert found.first(4) > 0.75 and found.first(5) > 0.82
     monkeypatch.setattr(kgt, "OWN", math.inf)
     assert replay(name, Kgt()).frozen > found.frozen + 0.01
 
