@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from kgt_ddp import CachedDataset, CachedLoader, FreezeAwareDDP
 from kgt_ddp.activation_cache import session
@@ -31,14 +31,16 @@ class Counting(Dataset):
     """Counts what is decoded, by any process."""
 
     def __init__(self, kind="tuple", transform=None):
-        self.decoded = torch.zeros(2, dtype=torch.int64).share_memory_()  # by workers, by this process
-        self.kind, self.transform, self.owner = kind, transform, os.getpid()
+        # By the first worker, by this process, by the second worker: no two add to one number, or some would be lost.
+        self.decoded = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self.kind, self.transform = kind, transform
 
     def __len__(self):
         return SAMPLES
 
     def __getitem__(self, index):
-        self.decoded[int(os.getpid() == self.owner)] += 1
+        worker = get_worker_info()
+        self.decoded[1 if worker is None else 2 * worker.id] += 1
         image = IMAGES[index] if self.transform is None else self.transform(IMAGES[index])
         return (image, LABELS[index]) if self.kind == "tuple" else {"image": image, "label": LABELS[index]}
 
