@@ -275,11 +275,16 @@ class Kgt:
         return {
             "horizon_steps": round(horizon) if math.isfinite(horizon) else None,
             "ahead": round(ahead, 2) if math.isfinite(ahead) else None,
-            "share": [None if s is None or math.isinf(s) else float(f"{s:.2g}") for s in shares],
+            "share": [_rounded(share) for share in shares],
+            "own": [_rounded(o and o.own) for o in outlooks],
             "level": [o and float(f"{o.level:.2g}") for o in outlooks],
             "exponent": [o and round(o.exponent, 1) for o in outlooks],
             "still": [cut.num_still for cut in self._cuts],
         }
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None or math.isinf(share) else float(f"{share:.2g}")
 
 
 def _shares(outlooks: list[Outlook | None], deepest: float | None) -> list[float | None]:

@@ -79,7 +79,7 @@ def test_a_job_that_is_asked_half_as_often_is_judged_alike():
 def test_every_decision_carries_its_numbers():
     found = run(settling())
     numbers = found[first(found, 1)].numbers
-    assert set(numbers) == {"horizon_steps", "ahead", "share", "level", "exponent", "still"}
+    assert set(numbers) == {"horizon_steps", "ahead", "share", "own", "level", "exponent", "still"}
     assert numbers["share"][0] < 0.01 < numbers["share"][3] and numbers["exponent"] == [1.0] * 4
     json.dumps([d.numbers for d in found], allow_nan=False)
 
