@@ -276,7 +276,7 @@ class Kgt:
             "horizon_steps": round(horizon) if math.isfinite(horizon) else None,
             "ahead": round(ahead, 2) if math.isfinite(ahead) else None,
             "share": [_rounded(share) for share in shares],
-            "own": [_rounded(o and o.own) for o in outlooks],
+            "own": [_rounded(o.own if o else None) for o in outlooks],
             "level": [o and float(f"{o.level:.2g}") for o in outlooks],
             "exponent": [o and round(o.exponent, 1) for o in outlooks],
             "still": [cut.num_still for cut in self._cuts],
