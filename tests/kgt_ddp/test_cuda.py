@@ -15,7 +15,7 @@ from kgt_ddp.reference.transfer import Transfer
 from kgtrun.contract.events import read_events
 from tests.kgt_ddp.networks import SmallResNet
 from tests.kgt_ddp.reference.conftest import Reference
-from tests.kgt_ddp.training import OPTIMIZERS, differing, image_batch, snapshot
+from tests.kgt_ddp.training import OPTIMIZERS, descend, differing, image_batch, snapshot
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,20 +190,14 @@ def two_on_one_gpu(rank, world, policy, steps_before, steps_after):
     for step in range(steps_before + steps_after):
         if step == steps_before:
             taken = snapshot(net)
-        x, y = (t.cuda() for t in image_batch(step, rank))
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(ddp(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(descend(ddp, optimizer, *(t.cuda() for t in image_batch(step, rank))))
     after = {name: tensor.cpu() for name, tensor in snapshot(net).items()}
     before = {name: tensor.cpu() for name, tensor in taken.items()}
     if not policy:
         return losses, before, after, 0, set()
     frozen = {n for b in ddp.freezing.blocks.blocks[: ddp.freezing.frontier] for n, _ in b.parameters}
-    dropped = ddp.freezing.summary()
     ddp.freezing.close()
-    return losses, before, after, dropped["frontier"], frozen
+    return losses, before, after, ddp.freezing.frontier, frozen
 
 
 def test_two_ranks_of_one_gpu_equal_plain_ddp_and_each_other_when_blocks_freeze_at_their_mean(run_ranks):
@@ -228,10 +222,7 @@ def heard_on_gpu(rank, world, count, device):
     ddp = FreezeAwareDDP(SmallResNet().to(device), policy="kgt", interval=3, total_steps=count)
     optimizer = OPTIMIZERS["sgd"](ddp.parameters())
     for step in range(count):
-        x, y = (t.to(device) for t in image_batch(step, 0))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(ddp(x), y).backward()
-        optimizer.step()
+        descend(ddp, optimizer, *(t.to(device) for t in image_batch(step, 0)))
     stats = ddp.freezing.summary()["reference"]
     ddp.freezing.close()
     return stats
@@ -275,16 +266,9 @@ def test_a_compiled_model_freezes_and_stays_frozen():
         net = torch.compile(SmallResNet().cuda())
         ddp = FreezeAwareDDP(net, device_ids=[0], policy="static:blocks=3,step=6", interval=3)
         optimizer = OPTIMIZERS["sgd"](ddp.parameters())
-        losses = []
-        for step in range(30):
-            if step == 20:
-                before = snapshot(ddp.module)
-            x, y = (t.cuda() for t in image_batch(step, 0))
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses = steps(ddp, optimizer, 20)
+        before = snapshot(ddp.module)
+        losses += steps(ddp, optimizer, 10, start=20)
         frozen = {n for b in ddp.freezing.blocks.blocks[:3] for n, _ in b.parameters}
         return ddp.freezing.frontier, frozen, set(differing(before, snapshot(ddp.module))), losses
 
