@@ -84,6 +84,18 @@ def test_a_run_that_froze_nothing_says_so(tmp_path):
     assert "estimated" not in text
 
 
+def test_an_evaluation_is_counted_once_though_every_distance_has_a_score_with_its_cost(tmp_path):
+    recorded(tmp_path)
+    writer = EventWriter.for_process(tmp_path, role="reference", index=0)
+    for step, distances in ((10, (5,)), (15, (5, 10)), (20, (5, 10, 20))):
+        for lag_steps in distances:
+            writer.write(
+                "reference_score", step=step, generation=0, lag_steps=lag_steps, cost_s=0.3 + step / 1e6, cpu_s=0.25
+            )
+    writer.close()
+    assert "reference processes: 3 evaluations, 750 ms of computing" in report(tmp_path)
+
+
 def test_a_run_without_result_or_model_is_told_apart(tmp_path):
     EventWriter.for_process(tmp_path, role="launcher", index=0).write("start")
     text = report(tmp_path)
