@@ -370,6 +370,8 @@ class ReferenceClient:
     def _drop_offer(self) -> None:
         self._disconnect()
         if self._offer is not None:
+            if self._pid == os.getpid():  # a forked child has no device
+                self._transfer.release()
             self._offer.close()
         self._offer = None
 

@@ -1,9 +1,10 @@
 """Weights from where training holds them into a slot of shared memory.
 
-On the CPU: one copy, straight into the mapping, done when `start` returns. On an accelerator: copies into pinned
-staging memory on a stream of their own, which the training stream is told to wait for (the next optimizer step must not
-overwrite what is still being read); the host copies from there into the slot once `done` finds them finished, so
-training's thread never waits for the device. Written against torch's device-neutral streams; it ran with CUDA only.
+On the CPU: one copy, straight into the mapping, done when `start` returns. On an accelerator: copies on a stream of their
+own, which the training stream is told to wait for (the next optimizer step must not overwrite what is still being read).
+A CUDA device copies into the slot itself, whose pages are locked at first. Where they cannot be, it copies into pinned staging
+memory, and the host from there once `done` finds that finished: a second copy, by training's thread (for BERT-base 0.4 GB).
+Either way nobody waits for the device. Written against torch's device-neutral streams; it ran with CUDA only.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kgt_ddp.reference.page_locks import PageLocks
+
+_given_up: list[PageLocks] = []
+"""What a device may still be writing to."""
+
 
 class Transfer:
     """Copies into the slots of one client; one copy under way at a time."""
 
     def __init__(self) -> None:
+        self._locks = PageLocks()
         self._staging: dict[str, Tensor] = {}
         self._pending: Mapping[str, Tensor] = {}
         self._event: torch.Event | None = None
@@ -28,8 +35,9 @@ class Transfer:
         with torch.no_grad():
             away = next((t.device for t in tensors.values() if t.device.type != "cpu"), None)
             if away is not None:
-                self._start_on(away, tensors)
-                self._pending = {name: slot[name] for name in tensors}
+                direct = self._locks.lock(slot, away)
+                self._start_on(away, tensors, slot if direct else self._staging_for(tensors))
+                self._pending = {} if direct else {name: slot[name] for name in tensors}
                 return
             for name, tensor in tensors.items():
                 slot[name].copy_(tensor)
@@ -46,7 +54,22 @@ class Transfer:
         self._event, self._pending = None, {}
         return True
 
-    def _start_on(self, device: torch.device, tensors: Mapping[str, Tensor]) -> None:
+    def release(self) -> None:
+        """The slots are given up. If a copy is under way they stay locked, and mapped, for good: nobody waits for it."""
+        if self.done():
+            self._locks.release()
+        else:
+            _given_up.append(self._locks)
+        self._event, self._pending, self._locks = None, {}, PageLocks()
+
+    def _staging_for(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
+            staging = self._staging.get(name)
+            if staging is None or staging.shape != tensor.shape or staging.dtype != tensor.dtype:
+                self._staging[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return self._staging
+
+    def _start_on(self, device: torch.device, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         if self._side is None:  # one stream for good: a copy that nobody waits for any more ends before the next begins
             self._side = torch.Stream(device=device)
         side = self._side
@@ -54,10 +77,6 @@ class Transfer:
         side.wait_stream(training)
         with side:
             for name, tensor in tensors.items():
-                staging = self._staging.get(name)
-                if staging is None or staging.shape != tensor.shape or staging.dtype != tensor.dtype:
-                    staging = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                    self._staging[name] = staging
-                staging.copy_(tensor, non_blocking=True)
+                targets[name].copy_(tensor, non_blocking=True)
         self._event = side.record_event()
         training.wait_event(self._event)

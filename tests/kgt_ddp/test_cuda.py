@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from kgt_ddp.reference import page_locks
+from kgt_ddp.reference import transfer as transfer_module
 from kgt_ddp.reference.arena import Layout, memory_file, named_tensors
+from kgt_ddp.reference.page_locks import PageLocks
 from kgt_ddp.reference.transfer import Transfer
 from kgtrun.contract.events import read_events
 from tests.kgt_ddp.networks import SmallResNet
@@ -134,16 +137,81 @@ def test_a_running_mean_stays_on_the_device_and_goes_through_a_checkpoint():
         torch.testing.assert_close(ends[1][name].cpu(), expected)
 
 
-def test_weights_arrive_in_shared_memory():
+@pytest.mark.parametrize("locked", [True, False], ids=["into locked pages", "by way of staging memory"])
+def test_weights_arrive_in_shared_memory(locked, monkeypatch):
+    if not locked:
+        monkeypatch.setattr(page_locks, "_lock", lambda slot: None)
     model = SmallResNet().cuda()
     tensors = named_tensors(model)
+    layout = Layout.of(tensors)
+    slots = [layout.map(memory_file("kgtrun-test", layout.num_bytes)) for _ in range(2)]
+    transfer = Transfer()
+    for turn in range(4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)
+        slot = slots[turn % 2]
+        transfer.start(tensors, slot)
+        torch.cuda.synchronize()
+        if not locked:
+            assert not torch.equal(slot["head.weight"], model.head.weight.cpu()), "the host copies when it is asked"
+        assert transfer.done()
+        assert all(torch.equal(slot[name], tensor.detach().cpu()) for name, tensor in tensors.items())
+    transfer.release()
+    locks = PageLocks()
+    assert [locks.lock(slot, torch.device("cuda")) for slot in slots] == [locked, locked], "they were unlocked"
+    locks.release()
+
+
+def test_the_next_kernel_is_not_blamed_for_pages_that_could_not_be_locked():
+    layout = Layout.of({"weight": torch.zeros(1000)})
+    slot = layout.map(memory_file("kgtrun-test", layout.num_bytes))
+    locks, others = PageLocks(), PageLocks()
+    assert locks.lock(slot, torch.device("cuda"))
+    assert not others.lock(slot, torch.device("cuda")), "they are locked already"
+    assert torch.ones(3, device="cuda").add(1).tolist() == [2.0, 2.0, 2.0]
+    others.release()
+    locks.release()
+    assert others.lock(slot, torch.device("cuda"))
+    others.release()
+
+
+def test_slots_that_are_given_up_during_a_copy_stay():
+    tensors = {"weight": torch.ones(64 << 20, device="cuda")}
     layout = Layout.of(tensors)
     slot = layout.map(memory_file("kgtrun-test", layout.num_bytes))
     transfer = Transfer()
     transfer.start(tensors, slot)
     torch.cuda.synchronize()
-    assert transfer.done()
-    assert all(torch.equal(slot[name], tensor.detach().cpu()) for name, tensor in tensors.items())
+    torch.cuda._sleep(1 << 31)  # about a second
+    transfer.start(tensors, slot)
+    given_up = len(transfer_module._given_up)
+    transfer.release()
+    assert len(transfer_module._given_up) == given_up + 1
+    torch.cuda.synchronize()
+    assert bool((slot["weight"] == 1).all())
+
+
+def test_gradients_are_whole_where_backward_is_called_in_another_stream():
+    from torch.nn.parallel import DistributedDataParallel
+
+    from kgt_ddp import FreezeAwareDDP
+
+    def compare():
+        ends = []
+        for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
+            torch.manual_seed(3)
+            ddp = wrap(SmallResNet().cuda(), device_ids=[0])
+            optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                ends.append((steps(ddp, optimizer, 10), snapshot(ddp)))
+            torch.cuda.synchronize()
+        return ends
+
+    (plain_losses, plain), (losses, ours) = with_nccl(compare)
+    assert plain_losses == losses and differing(plain, ours) == []
 
 
 def test_under_loss_scaling_freezing_off_equals_plain_ddp_and_a_frozen_prefix_stays():
