@@ -99,7 +99,8 @@ class FreezeHookState:
         self.on_last_bucket: Callable[[], None] | None = None
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._inner_buckets: dict[int, tuple[int, ...]] = {}
-        self._under_way: list[dist.Work] = []
+        self._under_way: list[tuple[dist.Work, torch.Stream | None]] = []
+        """With the stream in which the reducer will look at the bucket."""
         self._waited_for: list[dist.Work] = []
         """Of the backward under way and the one before it; see the module docstring."""
         self._backward = -1
@@ -137,12 +138,13 @@ class FreezeHookState:
             for p in parameters:
                 self._absent_bytes[self._block_of[id(p)]] += p.numel() * p.element_size()
 
-    def wait_later(self, work: dist.Work) -> None:
-        """Have `work` waited for before the reducer looks at the bucket."""
+    def wait_later(self, work: dist.Work, device: torch.device) -> None:
+        """Have `work`, on a bucket that lies on `device`, waited for before the reducer looks at the bucket."""
         if self._complete:
             self._complete = False
             self._waited_for = []
-        self._under_way.append(work)
+        stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
+        self._under_way.append((work, stream))
         if not torch_private.inside_autograd_node():
             self._wait_all()  # join's shadow of a backward, or the delayed reduction of static_graph: nothing runs later
             del self._waited_for[:-_KEPT_OUTSIDE]
@@ -153,9 +155,12 @@ class FreezeHookState:
             torch_private.at_end_of_backward(self._wait_all)
 
     def _wait_all(self) -> None:
-        for work in self._under_way:
+        for work, stream in self._under_way:
             work.wait()
-        self._waited_for += self._under_way
+            if stream is not None and stream != torch.accelerator.current_stream(stream.device):
+                with stream:  # backward was called in another one
+                    work.wait()
+        self._waited_for += [work for work, _ in self._under_way]
         self._under_way = []
 
     def renew_inner(self, index: int, parameters: Sequence[torch.Tensor]) -> None:
@@ -233,7 +238,8 @@ def _reduce_all(state: FreezeHookState, bucket: dist.GradBucket) -> torch.future
         state.renew_inner(bucket.index(), bucket.parameters())
         return hook(inner_state, bucket)
     buffer = bucket.buffer()
-    state.wait_later(dist.all_reduce(buffer.mul_(state.scale), group=state.process_group, async_op=True))
+    work = dist.all_reduce(buffer.mul_(state.scale), group=state.process_group, async_op=True)
+    state.wait_later(work, buffer.device)
     return _completed(buffer)
 
 
@@ -255,7 +261,8 @@ def _reduce_live_spans(
             state.renew_inner(view.index(), view.parameters())
             pending.append((part, hook(inner_state, view)))
         else:
-            state.wait_later(dist.all_reduce(part.mul_(state.scale), group=state.process_group, async_op=True))
+            work = dist.all_reduce(part.mul_(state.scale), group=state.process_group, async_op=True)
+            state.wait_later(work, buffer.device)
     for part, future in pending:
         result = future.wait()
         part.copy_(result[0] if isinstance(result, (list, tuple)) else result)
@@ -263,8 +270,9 @@ def _reduce_live_spans(
 
 
 def _completed(buffer: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    on_device = buffer.device.type != "cpu"
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[buffer.device] if on_device else None)
+    # No devices: a future that knows of some pickles what it holds to find the memory in it, and its events would tell
+    # of this moment, not of the reduction, which `wait_later` has waited for.
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(buffer)
     return future
 

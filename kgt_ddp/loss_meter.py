@@ -22,7 +22,8 @@ class LossMeter:
             TypeError: neither a number nor a tensor of numbers.
         """
         if isinstance(loss, torch.Tensor) and loss.numel() and not loss.is_complex():
-            value: torch.Tensor | float = loss.detach().float().mean()
+            found = loss.detach().float()  # the mean of a scalar would be a kernel for nothing
+            value: torch.Tensor | float = found.mean() if found.dim() else found
         elif isinstance(loss, float | int):
             value = float(loss)
         else:

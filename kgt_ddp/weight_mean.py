@@ -20,11 +20,12 @@ costs the memory of one more copy of the weights that may yet freeze, and one pa
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -44,6 +45,8 @@ REMEMBERED: Final = 64
 LEAP: Final = 4.0
 """Times the median distance. Of a ResNet's blocks under a high rate none was above 2.3; one drawn afresh was at 16 and more."""
 STATISTICS: Final = ("running_mean", "running_var")
+AT_ONCE: Final = 32 << 20
+"""Bytes of weights whose distances are computed together: few calls for small blocks, little memory for large ones."""
 
 
 class WeightMean:
@@ -62,8 +65,12 @@ class WeightMean:
         """Of the last sample."""
         self._mass = 0.0
         """What the weights of all samples sum up to; they are scaled to sum up to one."""
-        self._distances: dict[str, deque[Tensor]] = defaultdict(_distances)
-        """By block. On the weights' device: read only when a block freezes, so that no sample waits for it."""
+        self._distances: dict[str, deque[list[Tensor]]] = defaultdict(_distances)
+        """By block, a row a sample, with a norm for each of its weights. On the weights' device: read only when a block
+        freezes, so that no sample waits for it."""
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        """Module and attribute of what `_followed` finds, as long as the frontier is `_placed_at`."""
+        self._placed_at: int | None = None
         self._rate = RateWatch()
 
     def note(self, step: int, rate: Callable[[], float | None]) -> None:
@@ -93,7 +100,7 @@ class WeightMean:
         still = self._blocks.tensors_at(old)
         froze = {name: t for name, t in self._blocks.tensors_at(self._blocks.frontier).items() if name not in still}
         for block in self._blocks.blocks[: self._blocks.frontier]:
-            distances = [float(distance) for distance in self._distances.pop(block.name, ())]
+            distances = _lengths(self._distances.pop(block.name, ()))
             means = {name: self._means.pop(name) for name in _names(block) if name in froze and name in self._means}
             if not put:
                 continue
@@ -111,7 +118,7 @@ class WeightMean:
             "mass": self._mass,
             "rate": self._rate.state_dict(),
             "means": {name: mean.to("cpu", copy=True) for name, mean in self._means.items()},
-            "distances": {name: [float(one) for one in some] for name, some in self._distances.items()},
+            "distances": {name: _lengths(rows) for name, rows in self._distances.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,43 +131,73 @@ class WeightMean:
         }
         self._distances.clear()
         for name, some in state["distances"].items():
-            self._distances[name].extend(torch.tensor(one) for one in some)
+            self._distances[name].extend([torch.tensor(one)] for one in some)
 
     @torch.no_grad()
     def _sample(self, step: int) -> None:
         kept = (self._step / step) ** (1.0 / self._share)
         self._mass = kept * self._mass + (1.0 - kept)
         present = self._followed()
-        for block in self._blocks.blocks[self._blocks.frontier :]:  # one by one: distances need memory of this size
-            tensors = {name: _wide(present[name]) for name in _names(block) if name in present}
+        for blocks in self._portions(present):
+            tensors = {name: _wide(present[name]) for block in blocks for name in _names(block) if name in present}
             known = [name for name, tensor in tensors.items() if _alike(self._means.get(name), tensor)]
             weights = [name for name in known if isinstance(present[name], nn.Parameter)]
             if weights:
                 apart = torch._foreach_sub([self._means[n] for n in weights], [tensors[n] for n in weights])
-                norms = torch._foreach_norm(apart)  # a block may lie on several devices
-                self._distances[block.name].append(torch.stack([norm.to(norms[0].device) for norm in norms]).norm())
+                norms = dict(zip(weights, torch._foreach_norm(apart), strict=True))
+                for block in blocks:
+                    row = [norms[name] for name, _ in block.parameters if name in norms]
+                    if row:
+                        self._distances[block.name].append(row)
             if known:
                 share = (1.0 - kept) / self._mass
                 torch._foreach_lerp_([self._means[n] for n in known], [tensors[n] for n in known], share)
             self._means |= {name: tensor.clone() for name, tensor in tensors.items() if name not in known}
         self._step = step
 
+    def _portions(self, present: Mapping[str, Tensor]) -> Iterator[list[Block]]:
+        """The blocks that train, in runs of at most `AT_ONCE`, or of one block."""
+        portion: list[Block] = []
+        total = 0
+        for block in self._blocks.blocks[self._blocks.frontier :]:
+            num_bytes = sum(present[name].nbytes for name in _names(block) if name in present)
+            if portion and total + num_bytes > AT_ONCE:
+                yield portion
+                portion, total = [], 0
+            portion.append(block)
+            total += num_bytes
+        if portion:
+            yield portion
+
     def _followed(self) -> dict[str, Tensor]:
         """What may freeze yet, and whose mean means something."""
-        still = self._blocks.tensors_at(self._blocks.frontier)
-        return {
-            name: tensor
-            for name, tensor in self._blocks.tensors_at(self._blocks.max_frontier).items()
-            if name not in still and (isinstance(tensor, nn.Parameter) or name.endswith(STATISTICS))
-        }
+        frontier = self._blocks.frontier
+        if self._placed_at != frontier:
+            still = self._blocks.tensors_at(frontier)
+            self._places = {
+                name: (self._blocks.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+                for name, tensor in self._blocks.tensors_at(self._blocks.max_frontier).items()
+                if name not in still and (isinstance(tensor, nn.Parameter) or name.endswith(STATISTICS))
+            }
+            self._placed_at = frontier
+        return {name: getattr(module, attribute) for name, (module, attribute) in self._places.items()}
 
 
 def _names(block: Block) -> list[str]:
     return [*(name for name, _ in block.parameters), *block.buffers]
 
 
-def _distances() -> deque[Tensor]:
+def _distances() -> deque[list[Tensor]]:
     return deque(maxlen=REMEMBERED)
+
+
+def _lengths(rows: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Norm of each row. A block may lie on several devices: all are read together from one of them."""
+    if not rows:
+        return []
+    device = rows[0][0].device
+    values = iter(torch.stack([norm.to(device) for row in rows for norm in row]).tolist())
+    return [math.hypot(*itertools.islice(values, len(row))) for row in rows]
 
 
 def _steady(distances: Sequence[float]) -> bool:
@@ -171,7 +208,8 @@ def _steady(distances: Sequence[float]) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor if tensor.dtype == wide else tensor.to(wide)
 
 
 def _alike(mean: Tensor | None, tensor: Tensor) -> bool:

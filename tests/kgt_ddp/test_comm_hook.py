@@ -32,7 +32,7 @@ def test_all_is_waited_for_before_the_reducer_looks_also_with_backwards_inside_t
 
     def reduce(index: int) -> None:
         works[index] = Work()
-        state.wait_later(works[index])
+        state.wait_later(works[index], torch.device("cpu"))
         if index == last:
             torch_private.at_end_of_backward(
                 lambda: not_waited_for.append([i for i, w in works.items() if not w.waited])
@@ -60,7 +60,7 @@ def test_what_a_backward_that_raised_left_behind_is_waited_for_by_the_next_one()
 
     def reduce(_: torch.Tensor) -> None:
         works.append(Work())
-        state.wait_later(works[-1])
+        state.wait_later(works[-1], torch.device("cpu"))
         if len(works) == 1:
             raise ValueError("something of the user's")
 

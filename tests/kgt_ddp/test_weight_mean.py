@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from kgt_ddp import weight_mean
 from kgt_ddp.blocks import Blocks
 from kgt_ddp.weight_mean import WeightMean
 from tests.kgt_ddp.networks import SmallResNet
@@ -203,6 +204,33 @@ def test_a_weight_that_changed_its_shape_is_followed_from_then_on():
     found = put(blocks, mean, 2)
     assert only_value(found["blocks.0.conv.weight"]) == 2.0
     assert 1.0 < only_value(found["blocks.0.norm.weight"]) < 2.0
+
+
+def test_it_is_the_same_whether_blocks_are_sampled_together_or_one_by_one(monkeypatch):
+    ends = []
+    for num_bytes in (weight_mean.AT_ONCE, 3000, 0):
+        monkeypatch.setattr(weight_mean, "AT_ONCE", num_bytes)
+        model, blocks, mean = followed()
+        torch.manual_seed(1)
+        for step in range(10, 60, 10):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(torch.randn_like(p))
+            mean.note(step, lambda: RATE)
+        ends.append((mean.state_dict()["distances"], put(blocks, mean, 3)))
+    (distances, weights), *others = ends
+    assert all(len(some) == 4 and min(some) > 0 for some in distances.values())
+    for other_distances, other_weights in others:
+        assert other_distances == distances
+        assert all(torch.equal(other_weights[name], weights[name]) for name in weights)
+
+
+def test_a_buffer_that_was_replaced_is_followed():
+    model, blocks, mean = followed()
+    run(model, mean, {10: 1.0})
+    model.blocks[0].norm.running_var = torch.zeros_like(model.blocks[0].norm.running_var)
+    run(model, mean, {20: 3.0})
+    assert 1.0 < only_value(put(blocks, mean, 2)["blocks.0.norm.running_var"]) < 3.0
 
 
 def test_a_saved_mean_goes_on_with_the_same_bits_and_is_not_written_to_any_more():
