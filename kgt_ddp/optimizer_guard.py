@@ -69,7 +69,7 @@ class OptimizerGuard:
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the frozen parameters out of `optimizer`, if it has any."""
         groups = optimizer.param_groups
-        if not any(id(p) in self._ids for group in groups for p in group["params"]):
+        if not self._ids or not any(id(p) in self._ids for group in groups for p in group["params"]):
             return
         self._removed.append((optimizer, list(groups), [group["params"] for group in groups]))
         for group in groups:
