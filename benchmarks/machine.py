@@ -15,16 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return _cpuinfo("model name") or platform.machine()
 
 
 def arithmetic() -> str:
-    """The instructions that torch computes with on this CPU ("AVX2", "AVX512"): with others sums are rounded otherwise,
-    and the same seed trains another model, as different as one of another seed."""
-    return torch.backends.cpu.get_cpu_capability()
+    """What decides how sums are rounded on this CPU, as far as we can tell: the instructions that torch computes with, and
+    the processor's family and model, by which its libraries choose their kernels ("AVX512, 6-207"). With others the same
+    seed trains another model, as different as one of another seed."""
+    return f"{torch.backends.cpu.get_cpu_capability()}, {_cpuinfo('cpu family')}-{_cpuinfo('model')}"
+
+
+def _cpuinfo(key: str) -> str:
+    """Of the first processor; empty where the system does not say."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
 
 
 def commit() -> str:

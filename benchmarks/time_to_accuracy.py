@@ -11,7 +11,7 @@ what all others are compared with. `+cache` after a policy (`kgt+cache`) turns t
 All policies of one workload and seed are started together and take turns, an epoch each (`benchmarks.heat`): a slow hour
 of the machine falls on all. What is measured, how and against what, is in `benchmarks.accuracy_summary`.
 
-A plain run counts as finished where it was made with this CPU's arithmetic: with another, the same seed trains another model.
+A plain run counts as finished where it was made on this kind of CPU: on another, the same seed trains another model.
 
 A full run takes hours. Each finished run is a line in `runs/time_to_accuracy/runs.jsonl`; starting again goes on with what
 is missing, as long as the sizes are the same. What was stopped in mid-run starts over. If the plain run has ended before, a
@@ -60,7 +60,7 @@ def finished_runs(path: Path, chosen: Mapping[str, Mapping[str, Any]]) -> list[R
 
 
 def is_finished(records: Sequence[Record], workload: str, policy: str, seed: int) -> bool:
-    """A plain run counts only if it was made with this CPU's arithmetic."""
+    """A plain run counts only if it was made on this kind of CPU."""
     return any(
         (record["workload"], record["policy"], record["seed"]) == (workload, policy, seed)
         and (policy != PLAIN or record.get("arithmetic") == arithmetic())
