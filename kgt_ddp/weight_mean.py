@@ -180,7 +180,10 @@ class WeightMean:
                 if name not in still and (isinstance(tensor, nn.Parameter) or name.endswith(STATISTICS))
             }
             self._placed_at = frontier
-        return {name: getattr(module, attribute) for name, (module, attribute) in self._places.items()}
+        found = {name: getattr(module, attribute, None) for name, (module, attribute) in self._places.items()}
+        return {
+            name: tensor for name, tensor in found.items() if tensor is not None
+        }  # a norm may give up its statistics
 
 
 def _names(block: Block) -> list[str]:

@@ -125,7 +125,8 @@ def _costs(events: list[Event]) -> str:
     scores = [e for e in events if e["kind"] == "reference_score"]
     if scores:
         # An evaluation gives a score for each distance, and each tells the cost of the whole.
-        evaluations = {(e["host"], e["pid"], e["generation"], e["step"], e["cost_s"]): e["cpu_s"] for e in scores}
+        names = ("host", "pid", "generation", "step", "cost_s")
+        evaluations = {tuple(map(e.get, names)): e.get("cpu_s") or 0.0 for e in scores}
         cpu = _duration(sum(evaluations.values()))
         lines.append(f"  reference processes: {len(evaluations)} evaluations, {cpu} of computing")
     return "\n".join(["Cost:", *lines]) if lines else ""

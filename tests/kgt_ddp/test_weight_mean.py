@@ -233,6 +233,15 @@ def test_a_buffer_that_was_replaced_is_followed():
     assert 1.0 < only_value(put(blocks, mean, 2)["blocks.0.norm.running_var"]) < 3.0
 
 
+def test_a_norm_that_gives_up_its_statistics_keeps_the_mean_of_its_weights():
+    model, blocks, mean = followed()
+    run(model, mean, {10: 1.0})
+    norm = model.blocks[0].norm
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    run(model, mean, {20: 3.0})
+    assert 1.0 < only_value(put(blocks, mean, 2)["blocks.0.norm.weight"]) < 3.0
+
+
 def test_a_saved_mean_goes_on_with_the_same_bits_and_is_not_written_to_any_more():
     model, blocks, mean = followed()
     run(model, mean, {10: 1.0, 20: 2.0, 30: 3.1})
