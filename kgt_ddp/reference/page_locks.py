@@ -20,25 +20,22 @@ class PageLocks:
     """Slots whose pages are locked; each is asked for once."""
 
     def __init__(self) -> None:
-        self._addresses: dict[int, int | None] = {}
-        """By slot; None: refused."""
-        self._slots: list[Mapping[str, Tensor]] = []
-        """Kept: memory must not go while it is locked, and no other slot may get the same id."""
+        self._asked: dict[int, tuple[Mapping[str, Tensor], int | None]] = {}
+        """By id: the slot (kept, since memory must not go while it is locked) and its address; None: refused."""
 
     def lock(self, slot: Mapping[str, Tensor], device: torch.device) -> bool:
         """May `device` copy into the tensors of `slot`, which lie one after the other?"""
-        if id(slot) not in self._addresses:
-            self._slots.append(slot)
-            self._addresses[id(slot)] = _lock(slot) if device.type == "cuda" else None
-        return self._addresses[id(slot)] is not None
+        if id(slot) not in self._asked:
+            self._asked[id(slot)] = slot, _lock(slot) if device.type == "cuda" else None
+        return self._asked[id(slot)][1] is not None
 
     def release(self) -> None:
         """Unlock all. No copy into them may be under way."""
-        for address in self._addresses.values():
+        for _, address in self._asked.values():
             if address is not None:
                 with suppress(RuntimeError):  # the driver is being shut down
                     torch.cuda.cudart().cudaHostUnregister(address)
-        self._addresses, self._slots = {}, []
+        self._asked = {}
 
 
 def _lock(slot: Mapping[str, Tensor]) -> int | None:

@@ -67,21 +67,23 @@ def with_nccl(fn):
         dist.destroy_process_group()
 
 
-def test_freezing_off_equals_plain_ddp_bit_for_bit():
+def plain_and_ours(train):
+    """What `train(ddp, optimizer)` returns and leaves, with stock DDP and with ours that freezes nothing."""
     from torch.nn.parallel import DistributedDataParallel
 
     from kgt_ddp import FreezeAwareDDP
 
-    def compare():
-        sides = []
-        for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
-            torch.manual_seed(3)
-            ddp = wrap(SmallResNet().cuda(), device_ids=[0])
-            losses = steps(ddp, OPTIMIZERS["sgd"](ddp.parameters()), 20)
-            sides.append((losses, snapshot(ddp)))
-        return sides
+    sides = []
+    for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
+        torch.manual_seed(3)
+        ddp = wrap(SmallResNet().cuda(), device_ids=[0])
+        sides.append((train(ddp, OPTIMIZERS["sgd"](ddp.parameters())), snapshot(ddp)))
+    return sides
 
-    (plain_losses, plain), (our_losses, ours) = with_nccl(compare)
+
+def test_freezing_off_equals_plain_ddp_bit_for_bit():
+    sides = with_nccl(lambda: plain_and_ours(lambda ddp, optimizer: steps(ddp, optimizer, 20)))
+    (plain_losses, plain), (our_losses, ours) = sides
     assert plain_losses == our_losses
     assert differing(plain, ours) == []
 
@@ -193,38 +195,23 @@ def test_slots_that_are_given_up_during_a_copy_stay():
 
 
 def test_gradients_are_whole_where_backward_is_called_in_another_stream():
-    from torch.nn.parallel import DistributedDataParallel
+    def train(ddp, optimizer):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            losses = steps(ddp, optimizer, 10)
+        torch.cuda.synchronize()
+        return losses
 
-    from kgt_ddp import FreezeAwareDDP
-
-    def compare():
-        ends = []
-        for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
-            torch.manual_seed(3)
-            ddp = wrap(SmallResNet().cuda(), device_ids=[0])
-            optimizer = OPTIMIZERS["sgd"](ddp.parameters())
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                ends.append((steps(ddp, optimizer, 10), snapshot(ddp)))
-            torch.cuda.synchronize()
-        return ends
-
-    (plain_losses, plain), (losses, ours) = with_nccl(compare)
+    (plain_losses, plain), (losses, ours) = with_nccl(lambda: plain_and_ours(train))
     assert plain_losses == losses and differing(plain, ours) == []
 
 
 def test_under_loss_scaling_freezing_off_equals_plain_ddp_and_a_frozen_prefix_stays():
-    from torch.nn.parallel import DistributedDataParallel
-
     from kgt_ddp import FreezeAwareDDP
 
     def compare():
-        sides = []
-        for wrap in (DistributedDataParallel, lambda m, **kw: FreezeAwareDDP(m, policy="none", interval=3, **kw)):
-            torch.manual_seed(3)
-            ddp = wrap(SmallResNet().cuda(), device_ids=[0])
-            sides.append((scaled_steps(ddp, OPTIMIZERS["sgd"](ddp.parameters()), 20), snapshot(ddp)))
+        sides = plain_and_ours(lambda ddp, optimizer: scaled_steps(ddp, optimizer, 20))
         torch.manual_seed(3)
         ddp = FreezeAwareDDP(SmallResNet().cuda(), device_ids=[0], policy="static:blocks=3,step=6", interval=3)
         optimizer = OPTIMIZERS["sgd"](ddp.parameters())
