@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from kgtrun.contract import environment as names
-from launcher import process_tree
+from launcher import leftovers, process_tree
 from launcher.reaper import Reaper
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class Belongings:
     def __init__(self, launch_id: str, directories: Iterable[Path], *, grace_s: float) -> None:
         self._marker = f"{names.LAUNCH_ID}={launch_id}"
         self._directories = list(directories)
+        # Before the reaper is forked, which holds them too.
+        self._holds = [leftovers.hold(directory) for directory in self._directories]
         self._reaper = Reaper(marker=self._marker, directories=map(str, self._directories), grace_s=grace_s)
         _become_subreaper()
 
@@ -69,6 +71,8 @@ class Belongings:
     def remove_directories(self) -> None:
         for directory in self._directories:
             shutil.rmtree(directory, ignore_errors=True)
+        for hold in self._holds:
+            hold.close()
 
     def dismiss_reaper(self) -> None:
         """The launch has ended in order, and this is its last act."""

@@ -1,7 +1,8 @@
 """The short node-local directory of one launch: sockets, heartbeats, stacks, error files.
 
 Never in the run directory, which may be on NFS and whose path may be longer than the 108 bytes a Unix socket allows.
-Mode 0700, removed at the end of the launch by the launcher, or by the reaper when the launcher was killed.
+Mode 0700, removed at the end of the launch by the launcher, by the reaper when the launcher was killed, or by the next
+launch when both were (`launcher.leftovers`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher import leftovers
 
 _LONGEST_BASE = 60
 
@@ -51,6 +54,7 @@ class RuntimeDir:
     @classmethod
     def create(cls) -> RuntimeDir:
         """Make a fresh one under TMPDIR, or under /tmp where TMPDIR is too long for sockets."""
+        leftovers.remove_abandoned(Path(_base()))
         made = cls(Path(tempfile.mkdtemp(prefix="kgtrun-", dir=_base())))
         made.reference.mkdir(mode=0o700)
         return made

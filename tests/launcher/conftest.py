@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +38,15 @@ class Runs:
     """Starts runs below one directory; each process started carries the tag in its environment."""
 
     directory: Path
+    temporary: Path
+    """Their TMPDIR: short, for where it is too long for sockets the launcher takes another."""
     tag: str
 
     def environment(self, **extra: str) -> dict[str, str]:
         foreign = ("KGTRUN_", "PET_", "OMP_", "TORCHELASTIC_", "SLURM")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(self.directory / "inductor")}  # torch's own, and not to be counted
-        return {**kept, **caches, TAG: self.tag, "TMPDIR": str(self.directory / "tmp"), **extra}
+        return {**kept, **caches, TAG: self.tag, "TMPDIR": str(self.temporary), **extra}
 
     def start(self, *args: str, **extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -86,10 +89,10 @@ class Runs:
 
     def assert_nothing_left(self, timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
-        while (self.left() or list((self.directory / "tmp").iterdir())) and time.monotonic() < deadline:
+        while (self.left() or list(self.temporary.iterdir())) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [p.cmdline() for p in self.left()] == []
-        assert list((self.directory / "tmp").iterdir()) == []
+        assert list(self.temporary.iterdir()) == []
 
     def wait_for(self, path: Path, timeout_s: float = 120) -> str:
         """Text of a file that a script writes when it got where the test wants it."""
@@ -104,13 +107,13 @@ class Runs:
 @pytest.fixture
 def runs(tmp_path: Path):
     """Runs of one test; at its end nothing of them may be left."""
-    (tmp_path / "tmp").mkdir()
-    made = Runs(tmp_path, tag=f"{os.getpid()}-{tmp_path.name}")
-    before = shared_memory.names()
-    yield made
-    try:
-        made.assert_nothing_left()
-        assert shared_memory.left_since(before) == []
-    finally:
-        for process in made.left():
-            process.kill()
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Runs(tmp_path, Path(temporary), tag=f"{os.getpid()}-{tmp_path.name}")
+        before = shared_memory.names()
+        yield made
+        try:
+            made.assert_nothing_left()
+            assert shared_memory.left_since(before) == []
+        finally:
+            for process in made.left():
+                process.kill()

@@ -16,6 +16,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,12 +181,19 @@ def _reference(run_dir: Path) -> int:
 
 
 def _run(case: Case, here: Path, command: list[str], *, reference: Callable[[], int]) -> dict[str, float]:
-    (here / "tmp").mkdir()
+    # Not below `here`: where TMPDIR is too long for sockets the launcher takes another.
+    with tempfile.TemporaryDirectory() as temporary:
+        return _run_in(Path(temporary), case, here, command, reference)
+
+
+def _run_in(
+    temporary: Path, case: Case, here: Path, command: list[str], reference: Callable[[], int]
+) -> dict[str, float]:
     tag = f"{os.getpid()}-{here.name}-{time.monotonic_ns()}"
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(here / "inductor")}  # torch's own, and not to be counted
     process = subprocess.Popen(
         command,
-        env={**os.environ, **caches, "TMPDIR": str(here / "tmp"), "FAULT_TAG": tag},
+        env={**os.environ, **caches, "TMPDIR": str(temporary), "FAULT_TAG": tag},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -202,18 +210,18 @@ def _run(case: Case, here: Path, command: list[str], *, reference: Callable[[], 
             time.sleep(0.5)
             os.kill(victim, signal.SIGCONT)
         _, err = process.communicate(timeout=180)
-        return _check(case, here, tag, process.returncode, err, begun)
+        return _check(case, here, temporary, tag, process.returncode, err, begun)
     finally:
         process_tree.send({process.pid} if process.poll() is None else (), signal.SIGKILL)
         process_tree.send(process_tree.members(f"FAULT_TAG={tag}"), signal.SIGKILL)
 
 
-def _files_left(here: Path) -> list[Path]:
+def _files_left(temporary: Path) -> list[Path]:
     """But for a socket's directory of a DataLoader worker that was killed: its own, in a place only torch knows."""
-    return [path for path in (here / "tmp").iterdir() if not path.name.startswith("pymp-")]
+    return [path for path in temporary.iterdir() if not path.name.startswith("pymp-")]
 
 
-def _check(case: Case, here: Path, tag: str, code: int, err: str, begun: float) -> dict[str, float]:
+def _check(case: Case, here: Path, temporary: Path, tag: str, code: int, err: str, begun: float) -> dict[str, float]:
     ended_s = time.monotonic() - begun
     deadline = time.monotonic() + GRACE_S + 20
     while process_tree.members(f"FAULT_TAG={tag}") and time.monotonic() < deadline:
@@ -225,7 +233,7 @@ def _check(case: Case, here: Path, tag: str, code: int, err: str, begun: float) 
     assert code == wanted_code, story
     assert all(word in err for word in words), story
     assert not left, f"{story}\nleft: {left}"
-    assert not _files_left(here), f"{story}\nfiles left: {_files_left(here)}"
+    assert not _files_left(temporary), f"{story}\nfiles left: {_files_left(temporary)}"
     if case.target != "launcher" or case.action != "KILL":
         result = json.loads((here / "run/result.json").read_text())
         assert result["exit_code"] == code, story

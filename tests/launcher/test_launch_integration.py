@@ -263,3 +263,20 @@ def test_the_grace_is_honoured_and_a_second_signal_hurries(runs):
     process.terminate()
     assert runs.finish(process).code == 143
     assert time.monotonic() - begun < 40
+
+
+def test_what_a_launch_left_that_was_killed_whole_is_removed_by_the_next(runs):
+    waits = runs.script(
+        "import pathlib, sys, time\npathlib.Path(sys.argv[1], 'up').write_text('x')\ntime.sleep(100)\n", "waits.py"
+    )
+    process = runs.start(waits, str(runs.directory))
+    runs.wait_for(runs.directory / "up")
+    everything = runs.left()
+    for one in everything:
+        one.suspend()  # the reaper too, before it can see the launcher go
+    for one in everything:
+        one.kill()
+    process.wait(timeout=20)
+    assert len(list(runs.temporary.iterdir())) == 1
+    assert runs.run(runs.script("pass")).code == 0
+    assert list(runs.temporary.iterdir()) == []
