@@ -75,11 +75,13 @@ def _flag_from_variable(option: Option, text: str) -> str:
 def _defaults(environ: Mapping[str, str], options: Sequence[Option]) -> tuple[dict[str, str], set[str]]:
     values, given = {}, set()
     for option in options:
-        text = environ.get(option.variable, "") if option.variable else ""
+        text = environ.get(option.variable) if option.variable else None
         if text:
             value = _flag_from_variable(option, text) if option.flag else _check(option, text, option.variable or "")
             values[option.dest] = value
             given.add(option.dest)
+        elif text is not None and option.number and not option.ours:
+            values[option.dest] = ""  # refused unless the command line has a number
         elif option.default is not None:
             values[option.dest] = option.default
     return values, given
@@ -112,6 +114,10 @@ def read(argv: Sequence[str], environ: Mapping[str, str] | None = None, options:
             value = words.pop(0)
         values[option.dest] = _check(option, value, f"--{option.name}")
         given.add(option.dest)
+    for option in options:
+        if option.number and values.get(option.dest) == "":
+            source = f"--{option.name}" if option.dest in given else option.variable
+            raise UsageError(f"{source} is empty: it needs a value")
     return Request(values=values, given=frozenset(given), script=tuple(words))
 
 

@@ -136,8 +136,7 @@ def _run_script(path: str) -> None:
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
         return
     if not sys.flags.safe_path:
-        real = os.path.join(os.path.dirname(path), os.readlink(path)) if os.path.islink(path) else path
-        sys.path.insert(0, os.path.dirname(os.path.abspath(real)))
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     absolute = os.path.join(os.getcwd(), path)  # not normalised, as python leaves it
     try:
         with open(path, "rb") as f:

@@ -30,6 +30,8 @@ class Option:
     variable: str | None = None
     """Environment variable read when the option is not given."""
     ours: bool = False
+    number: bool = False
+    """An empty value is a mistake; so it is in torchrun's variables, which torchrun reads as given."""
 
     @property
     def dest(self) -> str:
@@ -45,15 +47,21 @@ def _ours(name: str, help: str, *, variable: str | None = None, **rest) -> Optio
 
 
 TORCHRUN: tuple[Option, ...] = (
-    _torchrun("nnodes", "Number of nodes, or MIN:MAX.", default="1:1", metavar="N|MIN:MAX"),
-    _torchrun("nproc-per-node", "Ranks on this node: a number, auto, cpu, gpu or xpu.", default="1", metavar="N|WORD"),
+    _torchrun("nnodes", "Number of nodes, or MIN:MAX.", default="1:1", metavar="N|MIN:MAX", number=True),
+    _torchrun(
+        "nproc-per-node",
+        "Ranks on this node: a number, auto, cpu, gpu or xpu.",
+        default="1",
+        metavar="N|WORD",
+        number=True,
+    ),
     _torchrun("rdzv-backend", "Rendezvous backend.", default="static", metavar="NAME"),
     _torchrun("rdzv-endpoint", "Rendezvous endpoint.", default="", metavar="HOST:PORT"),
     _torchrun("rdzv-id", "Name of the job in the rendezvous.", default="none", metavar="ID"),
     _torchrun("rdzv-conf", "More settings of the rendezvous.", default="", metavar="KEY=VALUE,..."),
     _torchrun("standalone", "One node, rendezvous on a free local port.", flag=True),
-    _torchrun("max-restarts", "Restarts of the worker group before giving up.", default="0", metavar="N"),
-    _torchrun("monitor-interval", "Seconds between looks at the ranks.", default="0.1", metavar="SECONDS"),
+    _torchrun("max-restarts", "Restarts of the worker group before giving up.", default="0", metavar="N", number=True),
+    _torchrun("monitor-interval", "Seconds between looks at the ranks.", default="0.1", metavar="SECONDS", number=True),
     _torchrun(
         "start-method",
         "Accepted as torchrun does; ranks are programs, which are always spawned.",
@@ -94,9 +102,11 @@ TORCHRUN: tuple[Option, ...] = (
         default="",
         metavar="WORD,...",
     ),
-    _torchrun("node-rank", "Rank of this node, for the static rendezvous.", default="0", metavar="N"),
+    _torchrun("node-rank", "Rank of this node, for the static rendezvous.", default="0", metavar="N", number=True),
     _torchrun("master-addr", "Address of node 0, for the static rendezvous.", default="127.0.0.1", metavar="ADDR"),
-    _torchrun("master-port", "Port on node 0, for the static rendezvous (default: 29500).", metavar="PORT"),
+    _torchrun(
+        "master-port", "Port on node 0, for the static rendezvous (default: 29500).", metavar="PORT", number=True
+    ),
     _torchrun("local-addr", "Address of this node, as others reach it.", metavar="ADDR"),
     _torchrun("logs-specs", "Entry point in torchrun.logs_specs that takes over logging.", pet=False, metavar="NAME"),
     _torchrun(
@@ -115,22 +125,30 @@ TORCHRUN: tuple[Option, ...] = (
         "shutdown-timeout",
         "Seconds between the polite signal and KILL, on every path (default: TORCH_ELASTIC_SHUTDOWN_TIMEOUT or 30).",
         metavar="SECONDS",
+        number=True,
     ),
     _torchrun("virtual-local-rank", "LOCAL_RANK is 0 for all; each rank sees its own GPU only.", flag=True),
 )
 
 OURS: tuple[Option, ...] = (
-    _ours("policy", "Freezing policy and its options.", variable=names.POLICY, metavar="SPEC"),
+    _ours(
+        "policy",
+        "Freezing policy: none, static, linear, gradnorm, kgt-paper, kgt or replay, with options as NAME:key=value"
+        " (default: none).",
+        variable=names.POLICY,
+        metavar="SPEC",
+    ),
     _ours(
         "total-steps",
         "Optimizer steps of the whole job, for policies that plan by progress.",
         variable=names.TOTAL_STEPS,
         metavar="N",
+        number=True,
     ),
     _ours(
         "run-dir", "Directory of events, logs and result (default: runs/...).", variable=names.RUN_DIR, metavar="DIR"
     ),
-    _ours("ref-per-node", "Reference processes a node (default: what the policy needs).", metavar="N"),
+    _ours("ref-per-node", "Reference processes a node (default: what the policy needs).", metavar="N", number=True),
     _ours(
         "ref-precision",
         "Precision of the reference model (default: auto, bf16 where the CPU computes it fast).",
@@ -144,11 +162,19 @@ OURS: tuple[Option, ...] = (
         flag=True,
     ),
     _ours("off", "Freeze nothing: FreezeAwareDDP is plain DDP.", variable=names.OFF, flag=True),
-    _ours("no-drop-in", "Leave torch's DistributedDataParallel as it is.", flag=True),
-    _ours("cache", "Activation cache.", variable=names.CACHE, choices=("off", "auto", "on")),
+    _ours("no-drop-in", "Leave torch's DistributedDataParallel as it is; so does KGTRUN_DROP_IN=0.", flag=True),
+    _ours(
+        "cache",
+        "Keep the outputs of frozen blocks and skip their forward (default: off).",
+        variable=names.CACHE,
+        choices=("off", "auto", "on"),
+    ),
     _ours("cache-dir", "Directory of the activation cache.", variable=names.CACHE_DIR, metavar="DIR"),
     _ours(
-        "cache-bytes", "Byte budget of the activation cache on this node, as 500M or 20G.", variable=names.CACHE_BYTES
+        "cache-bytes",
+        "Byte budget of the activation cache on this node, as 500M or 20G.",
+        variable=names.CACHE_BYTES,
+        number=True,
     ),
     _ours("log-prefix", "Console prefix: ${host}, ${rank}, ${local_rank}, ${role_name}.", metavar="TEMPLATE"),
     _ours("no-core-sharing", "Set no core affinity and leave OMP_NUM_THREADS to torchrun's rule (1).", flag=True),
@@ -157,6 +183,7 @@ OURS: tuple[Option, ...] = (
         "Report a rank that makes no progress for this long, with all stacks; 0 never.",
         default="600",
         metavar="SECONDS",
+        number=True,
     ),
     _ours(
         "hang-action",
@@ -169,6 +196,7 @@ OURS: tuple[Option, ...] = (
         "Give a node up after this long without news from it: restart without it where that is possible, or end; 0 never.",
         default="60",
         metavar="SECONDS",
+        number=True,
     ),
     _ours("no-slurm", "Take nothing from Slurm's environment.", flag=True),
     _ours(

@@ -29,6 +29,7 @@ from launcher.config import (
     RankSpec,
     RendezvousSpec,
     SidecarSpec,
+    Streams,
     parse_signals,
     parse_streams,
 )
@@ -125,6 +126,13 @@ def rendezvous(request: Request) -> RendezvousSpec:
     )
 
 
+def tee(request: Request) -> Streams | None:
+    """As asked for; what was redirected, and nothing said of tee, stays out of the console as with torchrun."""
+    if "redirects" in request.given and "tee" not in request.given:
+        return None
+    return parse_streams(request.text("tee"))
+
+
 def command(request: Request, environ: Mapping[str, str]) -> tuple[str, ...]:
     """What each rank runs: the boot step and the script, or the bare program for --no-python."""
     if not request.script:
@@ -143,9 +151,10 @@ def command(request: Request, environ: Mapping[str, str]) -> tuple[str, ...]:
     return (environ.get("PYTHON_EXEC", sys.executable), "-u", BOOT, mode, *request.script)
 
 
-def trainer_environment(request: Request, policy: str) -> dict[str, str]:
+def trainer_environment(request: Request, policy: str, environ: Mapping[str, str]) -> dict[str, str]:
     """What trainers and references are told, by the names of the contract."""
-    found = {names.POLICY: policy, names.DROP_IN: "0" if request.flag("no_drop_in") else "1"}
+    drop_in = not request.flag("no_drop_in") and names.flag(names.DROP_IN, default=True, environ=environ)
+    found = {names.POLICY: policy, names.DROP_IN: "1" if drop_in else "0"}
     for name, dest in (
         (names.TOTAL_STEPS, "total_steps"),
         (names.REFERENCE_PRECISION, "ref_precision"),
@@ -216,7 +225,7 @@ def make_plan(
     check_policy(policy)
     job = rendezvous(request)
     run_dir = run_directory(request, job, place, environ, taken)
-    environment = trainer_environment(request, policy)
+    environment = trainer_environment(request, policy, environ)
     references = number(request, "ref_per_node")
     if references is None:
         needs = policy_name(policy) in POLICIES_WITH_REFERENCE and not request.flag("off")
@@ -240,7 +249,7 @@ def make_plan(
                 Path(request.text("log_dir") or run_dir / "logs"), job, place.restarts if place else 0
             ),
             redirects=parse_streams(request.text("redirects")),
-            tee=parse_streams(request.text("tee")),
+            tee=tee(request),
             only_ranks=frozenset(int(part) for part in only.split(",")) if only else frozenset(),
             stdout_filters=words(request.text("duplicate_stdout_filters")),
             stderr_filters=words(request.text("duplicate_stderr_filters")),

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,10 @@ class Attempt:
         between: Callable[[], object],
         stderr_of: Callable[[int], Path | None],
         torch_error_of: Callable[[int], Path | None],
+        excused: Collection[int] = (),
     ) -> None:
-        """End the ranks and all `find` returns, then gather what failed. A second call does nothing."""
+        """End the ranks and all `find` returns, then gather what failed; `excused` exit codes are no failures. A second call
+        does nothing."""
         if self._ended:
             return
         self._ended_by_us_s = time.monotonic()
@@ -129,6 +131,7 @@ class Attempt:
             error_of=lambda local_rank: self._runtime.error(local_rank, self.number),
             torch_error_of=torch_error_of,
             stderr_of=stderr_of,
+            excused=excused,
             hint_of=self._hint,
         )
         self._watch.close()

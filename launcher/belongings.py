@@ -35,6 +35,7 @@ class Belongings:
         # Before the reaper is forked, which holds them too.
         self._holds = [leftovers.hold(directory) for directory in self._directories]
         self._reaper = Reaper(marker=self._marker, directories=map(str, self._directories), grace_s=grace_s)
+        self._ended: set[int] = set()
         _become_subreaper()
 
     def watch(self, pid: int) -> None:
@@ -47,8 +48,13 @@ class Belongings:
         return process_tree.members(self._marker, roots, exclude={*spared, self._reaper.pid})
 
     def collect(self, *, owned: Iterable[int]) -> None:
-        """Reap orphans: as their subreaper we are their parent now. `owned` have somebody who waits for them."""
-        process_tree.reap_children(exclude={self._reaper.pid, *owned})
+        """Reap orphans: as their subreaper we are their parent now. `owned` have somebody who waits for them.
+
+        Only those that were there at the last call, too: a thread may have started a child and not told of it yet.
+        """
+        found = process_tree.zombies() - {self._reaper.pid, *owned}
+        process_tree.reap(found & self._ended)
+        self._ended = found
 
     def end(
         self,

@@ -97,7 +97,8 @@ class LogSpec:
     directory: Path
     """Base: attempt_K/LOCAL_RANK/{stdout,stderr}.log below it."""
     redirects: Streams = NO_STREAM
-    tee: Streams = BOTH
+    tee: Streams | None = BOTH
+    """None: all that is not redirected."""
     only_ranks: frozenset[int] = frozenset()
     """Local ranks shown on the console; empty means all."""
     stdout_filters: tuple[str, ...] = ()

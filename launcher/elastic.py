@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import Template
@@ -33,12 +34,13 @@ from torch.distributed.run import determine_local_world_size
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from launcher import torch_private
-from launcher.config import LaunchConfig, LogSpec, RendezvousSpec, Streams
+from launcher.config import BOTH, NO_STREAM, LaunchConfig, LogSpec, RendezvousSpec, Streams
 from launcher.errors import LostRendezvousError
 from launcher.logs import Follower, console, matching
 from launcher.signals import Stopped
 
 RENDEZVOUS_TIMEOUT_S = 900
+COLLECT_INTERVAL_S = 1.0
 DEFAULT_PREFIX = "${host}:${rank}: "
 EnvironmentOfRank = Callable[[int, Mapping[str, str]], Mapping[str, str]]
 """Local rank, what torch sets for it → what to add for it."""
@@ -84,17 +86,27 @@ def streams(spec: Streams) -> Std | dict[int, Std]:
     return Std(spec) if isinstance(spec, int) else {rank: Std(value) for rank, value in spec.items()}
 
 
+def teed(spec: LogSpec, num_ranks: int) -> Streams:
+    """Streams that go to files and to the console: those asked for, else all that are not redirected."""
+    if spec.tee is not None:
+        return spec.tee
+    redirects = spec.redirects
+    if isinstance(redirects, int):
+        return BOTH & ~redirects
+    return {rank: BOTH & ~redirects.get(rank, NO_STREAM) for rank in range(num_ranks)}
+
+
 class RankLogs(DefaultLogsSpecs):
     """Where ranks log, how that reaches the console, and what is added to the environment of each at each spawn.
 
     Torch's own console output splits lines where a process flushes, so it gets nothing to follow: ours follows.
     """
 
-    def __init__(self, spec: LogSpec, environment: EnvironmentOfRank, follower: Follower) -> None:
+    def __init__(self, spec: LogSpec, num_ranks: int, environment: EnvironmentOfRank, follower: Follower) -> None:
         super().__init__(
             log_dir=str(spec.directory),
             redirects=streams(spec.redirects),
-            tee=streams(spec.tee),
+            tee=streams(teed(spec, num_ranks)),
             local_ranks_filter=set(spec.only_ranks) or None,
         )
         torch_private.set_log_directory(self, str(spec.directory))
@@ -139,12 +151,13 @@ class RankAgent(LocalElasticAgent):
         peers_failed: Callable[[], bool],
         await_peers: Callable[[float], object],
         leaving: Callable[[], int | None],
+        collect: Callable[[], object],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._stop, self._started, self._failed, self._follower = stop, started, failed, follower
         self._peers_failed, self._await_peers, self._leaving = peers_failed, await_peers, leaving
-        self._all_ended = all_ended
+        self._all_ended, self._collect, self._collected_s = all_ended, collect, time.monotonic()
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
@@ -154,6 +167,9 @@ class RankAgent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if time.monotonic() - self._collected_s >= COLLECT_INTERVAL_S:
+            self._collect()
+            self._collected_s = time.monotonic()
         running = self._leaving()
         if running is not None:
             # Each rank saves what it must and ends when it is ready: torch would end all others with the first one.
@@ -215,19 +231,24 @@ def build_agent(
     peers_failed: Callable[[], bool] = lambda: False,
     await_peers: Callable[[float], object] = lambda _: None,
     leaving: Callable[[], int | None] = lambda: None,
+    collect: Callable[[], object] = lambda: None,
 ) -> RankAgent:
     """Assemble the agent of one launch; nothing is started.
 
     `failed` says that the ranks are to be ended, `all_ended` that none runs and how each ended is known.
-    `await_peers` waits, at most for the seconds it is given, until the ranks of all other nodes have ended, too.
+    `await_peers` waits until the ranks of all other nodes have ended, too; for the seconds it is given, or longer.
     `leaving` says how many ranks still run where the ranks were asked to save and end, None where they were not.
+    `collect` is called about once a second while ranks run, to reap orphans.
     """
     parameters = rendezvous_parameters(config.rendezvous)
     if config.rendezvous.min_nodes != config.rendezvous.max_nodes:
         # Torch 2.13 tells nodes the address of the ranks' store in the first round only, if the store is the agents' own:
         # a node that joins later waits for it until the rendezvous times out. With a store of the ranks' own, every round.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    handler = rendezvous_registry.get_rendezvous_handler(parameters)
+    try:
+        handler = rendezvous_registry.get_rendezvous_handler(parameters)
+    except RendezvousError as error:  # c10d connects here and now
+        raise LostRendezvousError(f"no rendezvous at {parameters.endpoint}: {error}") from error
     torch_private.new_store_each_round(handler)
     master_addr, master_port = None, None
     if parameters.backend == "static":
@@ -249,7 +270,7 @@ def build_agent(
     )
     return RankAgent(
         spec,
-        log_specs(config.logs, environment, follower),
+        log_specs(config.logs, num_ranks, environment, follower),
         shutdown_timeout=int(config.shutdown_timeout_s),
         stop=stop,
         started=started,
@@ -259,17 +280,18 @@ def build_agent(
         peers_failed=peers_failed,
         await_peers=await_peers,
         leaving=leaving,
+        collect=collect,
     )
 
 
-def log_specs(spec: LogSpec, environment: EnvironmentOfRank, follower: Follower) -> LogsSpecs:
+def log_specs(spec: LogSpec, num_ranks: int, environment: EnvironmentOfRank, follower: Follower) -> LogsSpecs:
     """Ours, or the plug-in the user named with --logs-specs (which then decides about the environment, too).
 
     Raises:
         ValueError: no plug-in of this name is installed.
     """
     if spec.specs_plugin is None:
-        return RankLogs(spec, environment, follower)
+        return RankLogs(spec, num_ranks, environment, follower)
     from importlib.metadata import entry_points
 
     found = entry_points(group="torchrun.logs_specs", name=spec.specs_plugin)
@@ -289,7 +311,7 @@ def log_specs(spec: LogSpec, environment: EnvironmentOfRank, follower: Follower)
     return PluginLogs(
         log_dir=str(spec.directory),
         redirects=streams(spec.redirects),
-        tee=streams(spec.tee),
+        tee=streams(teed(spec, num_ranks)),
         local_ranks_filter=set(spec.only_ranks) or None,
     )
 

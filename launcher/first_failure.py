@@ -19,7 +19,7 @@ import json
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def gather(
     error_of: Callable[[int], Path],
     torch_error_of: Callable[[int], Path | None],
     stderr_of: Callable[[int], Path | None],
+    excused: Collection[int] = (),
     hint_of: Callable[[Ending], str] = lambda _: "",
 ) -> tuple[Failure, ...]:
     """Failures of one attempt, the first one first.
@@ -98,10 +99,11 @@ def gather(
         endings: ranks by local rank, in the order in which they ended.
         begun_s: monotonic time of the launch.
         ended_by_us_s: monotonic time at which we began to end ranks, None if we did not.
+        excused: exit codes that are no failures, besides 0.
     """
     found: list[tuple[float, Failure]] = []
     for ending in endings:
-        if ending.returncode == 0:
+        if ending.returncode in (0, *excused):
             continue
         error = read_error(error_of(ending.key))
         moment_s = min(float(error.get("monotonic_s", ending.monotonic_s)), ending.monotonic_s)

@@ -40,6 +40,11 @@ class Leaving:
         self._forbid_restarts()
         logger.info("%s: ranks are asked to save and end; the job will be requeued when they have", signum.name)
 
+    @property
+    def excused(self) -> tuple[int, ...]:
+        """Exit codes of ranks that did as they were asked, besides 0."""
+        return (requeue.EXIT_CODE,) if self.warned else ()
+
     def running(self, attempt: Attempt | None) -> int | None:
         """How many ranks are still to end after the warning; None when there was none, or a rank failed."""
         if not self.warned or attempt is None or not requeue.can_go_on(attempt.codes()):

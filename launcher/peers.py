@@ -2,12 +2,14 @@
 
 Torch's agents notice a failure on another node only when a collective of theirs breaks; a rank that computes, sleeps
 or waits for data would go on for ever. Here a node whose restarts are used up publishes its first failure, the others
-look once a second, stop their ranks, and all agree on the earliest one. Moments are wall-clock times of different
+look once a second, note what it says (the store may be gone once their ranks have ended), stop their ranks, and all agree on
+the earliest one. Moments are wall-clock times of different
 hosts: with clocks that differ by more than the time between cause and consequence the order may be wrong, the end is
 not.
 
 A host that vanishes says nothing. So each node gives a sign of life once a second and watches its successor's: when that
-stops for `timeout_s`, or the store cannot be reached any more (`launcher.links` bounds that wait), `lost` says so.
+stops for `timeout_s`, or the store cannot be reached any more (`launcher.links` bounds that wait), `lost` says so. A node
+whose ranks have all ended may go; from then on the one behind it is watched.
 
 All of it runs on a connection and in a thread of its own: the main thread may be ending ranks, or wait at torch's exit
 barrier, and is alive nevertheless. A stop signal that comes while the main thread waits here (`Stopped`) goes through.
@@ -16,12 +18,13 @@ barrier, and is alive nevertheless. A stop signal that comes while the main thre
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from launcher.first_failure import HEAR_OUT_S
 from launcher.outcome import Failure
@@ -30,6 +33,8 @@ from launcher.signals import Stopped
 LOOK_S = 1.0
 _LINGER_S = 3.0
 _POLL_S = 0.05
+_ANY_FAILURE = "kgtrun/failure"
+"""One key to look for each second, however many nodes there are."""
 
 
 class Store(Protocol):
@@ -40,6 +45,17 @@ class Store(Protocol):
     def get(self, key: str) -> bytes: ...
 
     def check(self, keys: list[str]) -> bool: ...
+
+
+class News(NamedTuple):
+    """What a node publishes when its ranks are ended for good."""
+
+    moment_s: float
+    """Unix time of the failure."""
+    failure: Failure | None
+    """The first on that node; None where it stopped because of another one, or for a hang."""
+    lost: str | None
+    hung: bool
 
 
 def connection_of_its_own(store: Any) -> Store:
@@ -70,6 +86,10 @@ class Peers:
         self._others = [other for other in range(num_nodes) if other != node]
         self._published = False
         self._unreachable = False
+        self._news: dict[int, News] = {}
+        """By node, as far as it has been read."""
+        self._watched: list[int] = [*self._others[node:], *self._others[:node]]
+        """Nodes that may still be lost: the successor first."""
         self._seen: tuple[str, float] = ("", time.monotonic())
         """The successor's last sign of life, and when it changed."""
         self._beats = 0
@@ -88,19 +108,21 @@ class Peers:
         """Whether another node has published a failure, or is lost. Never waits."""
         return self.saw_failure or self.lost is not None
 
-    def publish(self, failure: Failure | None, moment_s: float) -> None:
+    def publish(self, failure: Failure | None, moment_s: float, *, hung: bool = False) -> None:
         """Tell the others, then give them a moment to read: this node may be the one that hosts the store.
 
         Args:
-            failure: the first on this node, None when this node stopped because of another one.
+            failure: the first on this node, None when this node stopped because of another one, or for a hang.
             moment_s: unix time of it.
+            hung: the ranks here were ended as they made no progress.
         """
         if not self._others or self._published or self._unreachable:
             return
         self._published = True
         try:
-            news = json.dumps([moment_s, failure and asdict(failure), self.lost])
-            self._store.set(f"kgtrun/failure/{self._node}", news)
+            news = json.dumps([moment_s, failure and asdict(failure), self.lost, hung])
+            self._store.set(f"{_ANY_FAILURE}/{self._node}", news)
+            self._store.set(_ANY_FAILURE, "1")
         except Stopped:
             raise
         except Exception:  # the store has gone, whatever torch calls that in this release
@@ -108,10 +130,14 @@ class Peers:
         heard_out_s = HEAR_OUT_S if failure is not None and failure.reaction else 0.0
         self._wait_for("failure", self._others, _LINGER_S + heard_out_s)
 
-    def ended(self, *, wait_s: float) -> None:
+    def ended(self, *, wait_s: float, patient: bool = False) -> None:
         """Say that no rank is left here, and wait until all others have said so, at most `wait_s`, or one has failed.
 
         `others_failed` is the answer.
+
+        Args:
+            patient: wait longer, as long as all give signs of life. This node may be the one that hosts the store, without
+                which the others would take themselves for cut off.
         """
         if not self._others or self._unreachable:
             return
@@ -121,6 +147,8 @@ class Peers:
             raise
         except Exception:  # as above
             return
+        if patient and self._timeout_s:
+            wait_s = math.inf
         self._wait_for("ended", self._others, wait_s, unless=lambda: self.saw_failure)
 
     @property
@@ -133,20 +161,24 @@ class Peers:
 
     def earliest(self) -> Failure | None:
         """The earliest failure that other nodes have published."""
-        found = [item for item in self._published_by_others() if item[1]]
-        return min(found, key=lambda item: item[0])[1] if found else None
+        found = [news for news in self._published_by_others() if news.failure]
+        return min(found, key=lambda news: news.moment_s).failure if found else None
 
     def earliest_moment(self) -> float:
         """Unix time of `earliest`, infinity without one."""
-        return min((item[0] for item in self._published_by_others() if item[1]), default=float("inf"))
+        return min((news.moment_s for news in self._published_by_others() if news.failure), default=math.inf)
 
     def only_reactions(self) -> bool:
         """Whether others have only published what looks like a reaction to a failure here."""
-        return all(item[1] is not None and item[1].reaction for item in self._published_by_others())
+        return all(news.failure is not None and news.failure.reaction for news in self._published_by_others())
+
+    def hung(self) -> bool:
+        """Whether another node has stopped ranks that made no progress."""
+        return any(news.hung for news in self._published_by_others())
 
     def words(self) -> str:
         """Who was lost, as this node or another one says; empty when nobody was."""
-        return self.lost or next((item[2] for item in self._published_by_others() if item[2]), "")
+        return self.lost or next((news.lost for news in self._published_by_others() if news.lost), "")
 
     def close(self) -> None:
         """No more signs of life from here."""
@@ -172,12 +204,18 @@ class Peers:
     def _look(self) -> None:
         self._beats += 1
         self._store.set(f"kgtrun/alive/{self._node}", f"{self._beats} {socket.gethostname()}")
-        if not self.saw_failure and any(self._store.check([f"kgtrun/failure/{other}"]) for other in self._others):
+        self._read_news()
+        if self._news and not self.saw_failure:
             self.saw_failure_s = time.monotonic()
             self.saw_failure = True
         if not self._timeout_s or self.lost is not None:
             return
-        successor = self._others[self._node % len(self._others)]
+        if self._watched and self._store.check([f"kgtrun/ended/{self._watched[0]}"]):
+            self._watched.pop(0)
+            self._seen = ("", time.monotonic())
+        if not self._watched:
+            return
+        successor = self._watched[0]
         key = f"kgtrun/alive/{successor}"
         beat = self._store.get(key).decode() if self._store.check([key]) else ""
         if beat != self._seen[0]:
@@ -202,20 +240,24 @@ class Peers:
         except Exception:  # gone: nobody there to wait for
             return
 
-    def _published_by_others(self) -> list[tuple[float, Failure | None, str | None]]:
-        found: list[tuple[float, Failure | None, str | None]] = []
-        if self._unreachable:
-            return found
+    def _read_news(self) -> None:
+        """Note what others have published since."""
+        if not self._store.check([_ANY_FAILURE]):
+            return
         for other in self._others:
-            key = f"kgtrun/failure/{other}"
+            key = f"{_ANY_FAILURE}/{other}"
+            if other in self._news or not self._store.check([key]):
+                continue
+            moment_s, fields, lost, hung = json.loads(self._store.get(key))
+            failure = Failure(**{**fields, "last_lines": tuple(fields["last_lines"])}) if fields else None
+            self._news[other] = News(moment_s, failure, lost, hung)
+
+    def _published_by_others(self) -> list[News]:
+        if self._others and not self._unreachable:
             try:
-                if not self._store.check([key]):
-                    continue
-                moment_s, fields, lost = json.loads(self._store.get(key))
+                self._read_news()
             except Stopped:
                 raise
-            except Exception:  # as above
-                return found
-            failure = Failure(**{**fields, "last_lines": tuple(fields["last_lines"])}) if fields else None
-            found.append((moment_s, failure, lost))
-        return found
+            except Exception:  # the store has gone: what was read before is known
+                pass
+        return list(self._news.values())

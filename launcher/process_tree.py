@@ -86,16 +86,24 @@ def members(marker: str, roots: Iterable[int] = (), *, exclude: Iterable[int] = 
     return found - {*exclude, os.getpid()}
 
 
-def reap_children(*, exclude: Iterable[int]) -> None:
-    """Collect zombies whose parent is this process, except those whose owner waits for them himself."""
-    me, excluded = os.getpid(), set(exclude)
-    for pid in pids():
-        found = stat(pid)
-        if found and found.state == "Z" and found.parent == me and pid not in excluded:
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass
+def zombies() -> set[int]:
+    """Children of this process, adopted ones included, that have ended and not been waited for."""
+    try:
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            return set()  # asked often, and rarely otherwise: it spares a look at all processes of the host
+    except ChildProcessError:
+        return set()
+    me = os.getpid()
+    return {pid for pid in pids() if (its := stat(pid)) and its.state == "Z" and its.parent == me}
+
+
+def reap(zombies: Iterable[int]) -> None:
+    """Wait for children that have ended."""
+    for pid in zombies:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
 
 
 def send(pids: Iterable[int], signum: int) -> None:

@@ -42,7 +42,8 @@ class Sidecar:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        process = self._process  # asked from other threads: it may be None the next moment
+        return process.pid if process else None
 
     def start(self) -> int:
         """Start it now and return its pid."""

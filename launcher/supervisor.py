@@ -132,23 +132,26 @@ class Supervisor:
         num_ranks = elastic.count_ranks(self.config.ranks.count)
         cores = self.environment.share_cores(num_ranks)
         logger.info("%s", cores)
-        self.agent = elastic.build_agent(
-            self.config,
-            num_ranks=num_ranks,
-            environment=self.environment.of_rank,
-            stop=self._stop_ranks,
-            started=self._on_start,
-            failed=lambda: self.attempt is not None and self.attempt.failed(),
-            all_ended=lambda: self.attempt is None or not self.attempt.running(),
-            follower=self.follower,
-            peers_failed=self._peers_failed,
-            await_peers=self._await_peers,
-            leaving=lambda: self.leaving.running(self.attempt),
-        )
-        if self.config.rendezvous.node_rank == 0:  # what an earlier start of this run ended with is no end of this one
-            Path(self.run_dir.result).unlink(missing_ok=True)
-        self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
         try:
+            self.agent = elastic.build_agent(
+                self.config,
+                num_ranks=num_ranks,
+                environment=self.environment.of_rank,
+                stop=self._stop_ranks,
+                started=self._on_start,
+                failed=lambda: self.attempt is not None and self.attempt.failed(),
+                all_ended=lambda: self.attempt is None or not self.attempt.running(),
+                follower=self.follower,
+                peers_failed=self._peers_failed,
+                await_peers=self._await_peers,
+                leaving=lambda: self.leaving.running(self.attempt),
+                collect=self._reap_adopted,
+            )
+            if (
+                self.config.rendezvous.node_rank == 0
+            ):  # what an earlier start of this run ended with is no end of this one
+                Path(self.run_dir.result).unlink(missing_ok=True)
+            self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
             result = elastic.run(self.agent, self.config.event_log_handler)
         except LostRendezvousError as error:
             return self.verdict.failed(self.attempt, self.peers, str(error))
@@ -197,7 +200,7 @@ class Supervisor:
 
     def _await_peers(self, wait_s: float) -> None:
         if self.peers is not None:
-            self.peers.ended(wait_s=wait_s)
+            self.peers.ended(wait_s=wait_s, patient=True)
 
     def _forbid_restarts(self) -> None:
         from launcher import elastic
@@ -224,6 +227,7 @@ class Supervisor:
             between=self._reap_adopted,
             stderr_of=lambda local_rank: elastic.stderr_path(agent, local_rank),
             torch_error_of=lambda local_rank: elastic.error_path(agent, local_rank),
+            excused=self.leaving.excused,
         )
         peers, failures = self.peers, attempt.failures
         if (
@@ -235,7 +239,7 @@ class Supervisor:
             return
         if failures or peers.failed():
             own = failures[0] if failures and not failures[0].consequence else None
-            peers.publish(own, self.verdict.unix_time(own) if own else time.time())
+            peers.publish(own, self.verdict.unix_time(own) if own else time.time(), hung=attempt.hung.is_set())
 
     def _reap_adopted(self) -> None:
         ranks = self.attempt.pids.values() if self.attempt else ()

@@ -12,6 +12,7 @@ reads attempts and peers and changes neither, ends nothing, writes nothing.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -47,8 +48,7 @@ class Verdict:
     def ended(self, attempt: Attempt | None, peers: Peers | None, *, failed: bool) -> Outcome:
         """The agent has come to an end; `failed` says how it sees its worker group."""
         if attempt is not None and attempt.hung.is_set():
-            message = f"stopped: a rank made no progress for {self._hang_timeout_s:g} s"
-            return self._outcome(attempt, FAILED, HUNG_EXIT_CODE, failures=attempt.failures, message=message)
+            return self._hung(attempt)
         if failed:
             return self.failed(attempt, peers, "the worker group failed")
         if peers is not None and peers.others_failed:
@@ -59,13 +59,20 @@ class Verdict:
         """Name the earliest failure of all nodes; its code is ours. `message` is for where no failure is known."""
         failures = attempt.failures if attempt else ()
         remote = peers.earliest() if peers else None
-        own_moment_s = self.unix_time(failures[0]) if failures and not failures[0].consequence else float("inf")
+        own_moment_s = self.unix_time(failures[0]) if failures and not failures[0].consequence else math.inf
         if peers and remote and peers.earliest_moment() < own_moment_s:
             failures = (remote, *failures)
+        if peers and peers.hung() and not remote and own_moment_s == math.inf:
+            return self._hung(attempt)  # all hang in one collective, and the watchdog there was the first
         lost = peers.words() if peers else ""
         if not failures or (lost and failures[0].consequence):
             return self._outcome(attempt, FAILED, 1, message=lost or message)
         return self._outcome(attempt, FAILED, failures[0].exit_status(), failures=failures)
+
+    def _hung(self, attempt: Attempt | None) -> Outcome:
+        message = f"stopped: a rank made no progress for {self._hang_timeout_s:g} s"
+        failures = attempt.failures if attempt else ()
+        return self._outcome(attempt, FAILED, HUNG_EXIT_CODE, failures=failures, message=message)
 
     def _outcome(self, attempt: Attempt | None, status: str, code: int, **fields: Any) -> Outcome:
         return Outcome(

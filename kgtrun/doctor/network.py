@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import psutil
 
@@ -75,6 +75,20 @@ def hostname() -> list[Finding]:
     return judge_hostname(name, resolve(name), addresses_by_interface())
 
 
+def names_not_up(variable: str, chosen: str, up: Collection[str]) -> list[str]:
+    """Names in one of the variables that are no interface; for NCCL, all of them if none fits.
+
+    To NCCL they are prefixes, or names after a leading =, of which one will do; after a leading ^ what it must not use.
+    """
+    if variable != "NCCL_SOCKET_IFNAME":
+        return [name for name in chosen.split(",") if name not in up]
+    if chosen.startswith("^"):
+        return []
+    names = chosen.removeprefix("=").split(",")
+    fits = str.__eq__ if chosen.startswith("=") else str.startswith
+    return [] if any(fits(interface, name) for interface in up for name in names) else names
+
+
 def interfaces() -> list[Finding]:
     """Interfaces that are up, and the one gloo takes: that of the hostname's address unless told otherwise."""
     by_interface = addresses_by_interface()
@@ -82,7 +96,7 @@ def interfaces() -> list[Finding]:
     for variable in _INTERFACE_VARIABLES:
         chosen = os.environ.get(variable)
         if chosen:
-            missing = [one for one in chosen.lstrip("^=").split(",") if one not in by_interface]
+            missing = names_not_up(variable, chosen, by_interface)
             cure = f"{', '.join(missing)} is not up here: one of {', '.join(by_interface)}" if missing else ""
             found.append(Finding("interfaces", f"{variable}={chosen}", cure))
     resolved = resolve(socket.gethostname())

@@ -19,9 +19,7 @@ def versions() -> list[Finding]:
     found = [
         Finding("kgtrun", VERSION),
         Finding("python", f"{platform.python_version()} at {sys.executable}"),
-        Finding(
-            "kernel", platform.release(), "" if hasattr(os, "pidfd_open") else "pidfd is needed: Linux 5.3 or later"
-        ),
+        Finding("kernel", platform.release() + _without_pidfd()),
     ]
     try:
         import torch
@@ -45,6 +43,15 @@ def versions() -> list[Finding]:
         except metadata.PackageNotFoundError:
             found.append(Finding(package, f"not installed (optional: {use})"))
     return found
+
+
+def _without_pidfd() -> str:
+    """What is done where there are no pidfds: some builds of Python lack the call, kernels before 5.3 refuse it."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError) as error:
+        return f", without pidfd ({error}): one thread for each rank waits for its end"
+    return ""
 
 
 def accelerators() -> list[Finding]:

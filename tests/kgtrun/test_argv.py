@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
@@ -65,6 +66,39 @@ def test_values_come_from_the_line_then_the_environment_then_the_default():
     assert read(["--nnodes", "3", "x.py"], {"PET_NNODES": "2"}).text("nnodes") == "3"
     assert read(["x.py"], {"PET_STANDALONE": "1"}).flag("standalone")
     assert not read(["x.py"], {"PET_STANDALONE": "0"}).flag("standalone")
+
+
+NUMBERS = [option for option in OURS + TORCHRUN if option.number]
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+def test_an_empty_number_is_a_mistake_on_the_line_and_in_a_variable_where_torchrun_says_so(option, monkeypatch):
+    for line in ([f"--{option.name}=", "x.py"], [f"--{option.name}", "", "x.py"]):
+        with pytest.raises(UsageError, match=f"--{option.name} is empty"):
+            read(line, {})
+    if option.ours:
+        assert option.variable is None or not read(["x.py"], {option.variable: ""}).given
+        return
+    from torch.distributed.run import config_from_args, parse_args
+
+    monkeypatch.setenv(option.variable, "")
+    with pytest.raises((SystemExit, ValueError)):
+        config_from_args(parse_args(["x.py"]))
+    with pytest.raises(UsageError, match=f"{option.variable} is empty"):
+        read(["x.py"], {option.variable: ""})
+    assert read([f"--{option.name}", "2", "x.py"], {option.variable: ""}).text(option.dest) == "2"
+
+
+def test_all_numbers_are_known_as_such():
+    theirs = {dest for dest, action in torchrun_actions().items() if action.type in (int, float)}
+    assert theirs <= {option.dest for option in NUMBERS}
+
+
+def test_the_help_names_every_policy():
+    from kgt_ddp.policy_spec import policy_names
+
+    (policy,) = (option for option in OURS if option.name == "policy")
+    assert set(policy_names()) <= set(re.findall(r"[\w-]+", policy.help))
 
 
 def test_short_options():

@@ -43,6 +43,9 @@ def place(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/train.py").write_text(LOOK)
     (tmp_path / "link.py").symlink_to("sub/train.py")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/link.py").symlink_to("../link.py")
+    (tmp_path / "linked").symlink_to("sub")
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg/__init__.py").write_text("")
     # multiprocessing itself cannot spawn from a package's __main__
@@ -54,10 +57,15 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("script", ["sub/train.py", "./link.py", "pkg"])
+@pytest.mark.parametrize("script", ["sub/train.py", "./link.py", "links/link.py", "linked/train.py", "pkg"])
 def test_a_script_sees_what_python_shows_it(place, script):
     mine = look([sys.executable, BOOT, "script", script, "--x", "1"], place)
     assert mine == look([sys.executable, script, "--x", "1"], place)
+
+
+def test_a_safe_path_is_left_alone(place):
+    mine = look([sys.executable, "-P", BOOT, "script", "links/link.py"], place)
+    assert mine == look([sys.executable, "-P", "links/link.py"], place)
 
 
 @pytest.mark.parametrize("module", ["pkg.train", "pkg"])

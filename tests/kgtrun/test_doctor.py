@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 
 import pytest
 
 from kgtrun import doctor
-from kgtrun.doctor import network
+from kgtrun.doctor import network, software
 from kgtrun.doctor.finding import Finding
 
 INTERFACES = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.5"], "ib0": ["10.1.0.5"]}
@@ -33,6 +35,42 @@ def test_an_interface_that_is_not_up_is_a_problem(monkeypatch):
     assert "eth7 is not up" in network.interfaces()[0].cure
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert not network.interfaces()[0].cure
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        ("^docker,lo", True),
+        ("^=eth7", True),
+        ("eth", True),
+        ("en,ib", True),
+        ("=ib0", True),
+        ("=ib", False),
+        ("en", False),
+    ],
+)
+def test_nccl_takes_prefixes_exact_names_and_exclusions_and_gloo_names_alone(monkeypatch, chosen, found):
+    monkeypatch.setattr(network, "addresses_by_interface", lambda: INTERFACES)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", chosen)
+    assert bool(network.interfaces()[0].cure) != found
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+    assert network.interfaces()[0].cure
+
+
+def test_a_machine_without_pidfds_is_no_problem(monkeypatch):
+    def words() -> str:
+        (kernel,) = (finding for finding in software.versions() if finding.topic == "kernel")
+        assert not kernel.cure
+        return kernel.words
+
+    def refused(pid):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "pidfd_open", refused, raising=False)
+    assert "Function not implemented" in words() and "one thread for each rank" in words()
+    monkeypatch.delattr(os, "pidfd_open")
+    assert "one thread for each rank" in words()
 
 
 def test_a_taken_port_is_a_problem():

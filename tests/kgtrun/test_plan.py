@@ -93,6 +93,9 @@ def test_streams_signals_and_timeouts():
         ("--nproc-per-node 0 x.py", "at least one rank"),
         ("--max-restarts x x.py", "whole number"),
         ("--max-restarts -1 x.py", "0 or more"),
+        ("--max-restarts= x.py", "--max-restarts is empty"),
+        ("--shutdown-timeout= x.py", "--shutdown-timeout is empty"),
+        ("--cache-bytes= x.py", "--cache-bytes is empty"),
         ("--shutdown-timeout inf x.py", "a number is needed"),
         ("--hang-timeout nan x.py", "a number is needed"),
         ("--tee 7 x.py", "3 \\(both\\)"),
@@ -121,6 +124,20 @@ def test_our_switches():
     assert plan("--no-drop-in x.py").ranks.environment[names.DROP_IN] == "0"
     assert plan("x.py").ranks.environment[names.DROP_IN] == "1"
     assert plan("x.py").share_cores and not plan("--no-core-sharing x.py").share_cores
+
+
+def test_the_variable_of_the_drop_in_holds_unless_an_option_says_otherwise():
+    assert plan("x.py", KGTRUN_DROP_IN="0").ranks.environment[names.DROP_IN] == "0"
+    assert plan("x.py", KGTRUN_DROP_IN="").ranks.environment[names.DROP_IN] == "1"
+    assert plan("--no-drop-in x.py", KGTRUN_DROP_IN="1").ranks.environment[names.DROP_IN] == "0"
+    with pytest.raises(ValueError, match="KGTRUN_DROP_IN='never' is not a switch"):
+        plan("x.py", KGTRUN_DROP_IN="never")
+
+
+def test_what_is_redirected_is_not_on_the_console_unless_tee_says_so():
+    assert plan("x.py").logs.tee == 3
+    assert plan("-r 3 x.py").logs.tee is None and plan("x.py", PET_REDIRECTS="3").logs.tee is None
+    assert plan("-r 3 -t 1 x.py").logs.tee == 1 and plan("-r 3 x.py", PET_TEE="3").logs.tee == 3
 
 
 def test_launchers_of_several_nodes_do_not_share_log_files():

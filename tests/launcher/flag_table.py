@@ -88,7 +88,8 @@ TESTS: dict[str, str] = {
 }
 
 DIFFERENCES: dict[str, str] = {
-    "tee": "default 3 instead of 0: files, and whole lines with a host:rank prefix; any number of digits in a rank",
+    "tee": "default 3 instead of 0: files, and whole lines with a host:rank prefix, except what is redirected; any number of "
+    "digits in a rank",
     "redirects": "any number of digits in a rank",
     "start-method": "accepted; ranks are programs, which torchrun spawns whatever this says, too",
     "run-path": "the boot step runs it, in a fresh interpreter; torchrun's multiprocessing child is not imitated",

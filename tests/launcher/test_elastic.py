@@ -26,7 +26,7 @@ def config(tmp_path: Path, *, ranks=None, rendezvous=None, logs=None, **rest) ->
     )
 
 
-def agent_of(made: LaunchConfig) -> elastic.RankAgent:
+def agent_of(made: LaunchConfig, **rest) -> elastic.RankAgent:
     return elastic.build_agent(
         made,
         num_ranks=2,
@@ -35,6 +35,7 @@ def agent_of(made: LaunchConfig) -> elastic.RankAgent:
         started=lambda *_: None,
         failed=lambda: False,
         follower=Follower(),
+        **rest,
     )
 
 
@@ -91,7 +92,10 @@ def reify(tmp_path, num_ranks: int = 13, **logs):
     follower = SimpleNamespace(followed=[])
     follower.follow = lambda path, prefix, write: follower.followed.append((path, prefix))
     specs = elastic.RankLogs(
-        LogSpec(directory=tmp_path, **logs), lambda local_rank, its: {"EXTRA": f"{local_rank}/{its['RANK']}"}, follower
+        LogSpec(directory=tmp_path, **logs),
+        num_ranks,
+        lambda local_rank, its: {"EXTRA": f"{local_rank}/{its['RANK']}"},
+        follower,
     )
     environments = {
         i: {"RANK": str(100 + i), "ROLE_NAME": "r", "TORCHELASTIC_RESTART_COUNT": "2"} for i in range(num_ranks)
@@ -117,6 +121,25 @@ def test_tee_redirect_and_filter_work_for_ranks_of_two_digits(tmp_path):
     assert destination.stdouts[5] == os.devnull  # filtered out and not redirected
 
 
+def test_what_is_redirected_alone_is_in_files_and_the_rest_on_the_console_as_well(tmp_path):
+    destination, _, followed = reify(tmp_path, num_ranks=2, redirects=parse_streams("3"), tee=None)
+    assert followed == [] and destination.stdouts[1] and destination.stderrs[1]
+    _, _, followed = reify(tmp_path, num_ranks=2, redirects=parse_streams("2"), tee=None)
+    assert [Path(path).name for path, _ in followed] == ["stdout.log"] * 2
+    destination, _, followed = reify(tmp_path, redirects=parse_streams("0:3,12:1"), tee=None)
+    shown = {tuple(Path(path).parts[-2:]) for path, _ in followed}
+    assert len(shown) == 23 and ("12", "stderr.log") in shown and destination.stdouts[12]
+
+
+def test_orphans_are_collected_about_once_a_second_while_ranks_run(tmp_path, monkeypatch):
+    now, collected = 100.0, []
+    monkeypatch.setattr(elastic, "time", SimpleNamespace(monotonic=lambda: now))
+    agent = agent_of(config(tmp_path), leaving=lambda: 1, collect=lambda: collected.append(now))
+    for now in (100.1, 100.9, 101.0, 101.1, 101.9, 102.5, 103.4, 103.5):  # noqa: B007
+        agent._monitor_workers(agent.get_worker_group())
+    assert collected == [101.0, 102.5, 103.5]
+
+
 def test_prefixes(tmp_path, monkeypatch):
     its = {"RANK": "7", "ROLE_NAME": "r"}
     spec = LogSpec(directory=tmp_path, prefix="<${role_name}${local_rank}>")
@@ -135,9 +158,9 @@ def test_a_logs_plugin_takes_over_and_still_passes_the_environment(tmp_path, mon
         importlib.metadata, "entry_points", lambda group, name=None: [e for e in found if name in (None, e.name)]
     )
     spec = LogSpec(directory=tmp_path, specs_plugin="mine")
-    specs = elastic.log_specs(spec, lambda *_: {"EXTRA": "x"}, Follower())
+    specs = elastic.log_specs(spec, 1, lambda *_: {"EXTRA": "x"}, Follower())
     environments = {0: {"RANK": "0"}}
     specs.reify(environments)
     assert isinstance(specs, DefaultLogsSpecs) and environments[0]["EXTRA"] == "x"
     with pytest.raises(ValueError, match=r"there is \['mine'\]"):
-        elastic.log_specs(LogSpec(directory=tmp_path, specs_plugin="other"), lambda *_: {}, Follower())
+        elastic.log_specs(LogSpec(directory=tmp_path, specs_plugin="other"), 1, lambda *_: {}, Follower())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +20,10 @@ from launcher.memory import out_of_memory_kills
 from launcher.outcome import FAILED, Failure, Outcome
 
 
-def collect(endings, tmp_path, *, ended_by_us_s=None):
+def collect(endings, tmp_path, *, ended_by_us_s=None, excused=()):
     return gather(
         endings,
+        excused=excused,
         begun_s=0.0,
         ended_by_us_s=ended_by_us_s,
         rank_of=lambda local: local + 8,
@@ -34,6 +39,12 @@ def test_the_one_that_raised_first_is_the_cause_even_if_its_process_ended_later(
     found = collect([Ending(0, 10, 1, 10.0), Ending(1, 11, 1, 10.3)], tmp_path, ended_by_us_s=10.05)
     assert [f.rank for f in found] == [9, 8]
     assert found[0].traceback == "ValueError: x" and not found[0].consequence and found[1].consequence
+
+
+def test_one_that_saved_as_it_was_asked_to_is_not_the_cause_of_anything(tmp_path):
+    endings = [Ending(0, 10, 75, 10.0), Ending(1, 11, 1, 14.0)]
+    assert [f.returncode for f in collect(endings, tmp_path, excused=(75,))] == [1]
+    assert [f.returncode for f in collect(endings, tmp_path)] == [75, 1]
 
 
 def test_one_that_had_raised_keeps_its_code_when_we_cut_it_short(tmp_path):
@@ -84,8 +95,21 @@ def test_ranks_we_ended_are_consequences_and_success_is_no_failure(tmp_path):
     assert [(f.rank, f.consequence) for f in found] == [(9, False), (8, True)]
 
 
+@pytest.fixture(params=["pidfd", "no call in Python", "no call in the kernel"])
+def pidfds(request, monkeypatch):
+    """With pidfds, and without."""
+
+    def refused(pid):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if request.param == "no call in Python":
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    elif request.param == "no call in the kernel":
+        monkeypatch.setattr(os, "pidfd_open", refused, raising=False)
+
+
 @pytest.mark.integration
-def test_endings_are_noted_in_order_without_reaping():
+def test_endings_are_noted_in_order_without_reaping(pidfds):
     codes = ["import time; time.sleep(0.6); raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "pass"]
     processes = [subprocess.Popen([sys.executable, "-S", "-c", code]) for code in codes]
     watch = EndingWatch({i: p.pid for i, p in enumerate(processes)})
@@ -95,6 +119,36 @@ def test_endings_are_noted_in_order_without_reaping():
     assert watch.endings[-1].key == 0
     assert [p.wait(5) for p in processes] == [3, -9, 0]
     watch.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ending")]
+
+
+@pytest.mark.integration
+def test_children_that_have_ended_are_found_and_others_keep_their_codes():
+    from launcher.process_tree import reap, stat, zombies
+
+    orphan, rank, running = (subprocess.Popen(["sh", "-c", code]) for code in ("exit 0", "exit 3", "exec sleep 60"))
+    deadline = time.monotonic() + 20
+    while not {orphan.pid, rank.pid} <= zombies() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert {orphan.pid, rank.pid} <= zombies() and running.pid not in zombies()
+    reap(zombies() & {orphan.pid, running.pid})
+    assert stat(orphan.pid) is None and rank.wait(5) == 3
+    running.kill()
+    assert running.wait(5) == -9
+
+
+def test_only_orphans_that_were_there_before_are_collected(monkeypatch):
+    """A side-car that has just ended may not be known by its keeper's list yet."""
+    from launcher import belongings, process_tree
+
+    reaped: list[int] = []
+    mine = object.__new__(belongings.Belongings)
+    mine._reaper, mine._ended = SimpleNamespace(pid=1), set()
+    monkeypatch.setattr(process_tree, "reap", reaped.extend)
+    for ended, owned in (({1, 2, 3}, [2]), ({1, 2, 3, 4}, [2, 4]), ({5, 1}, [2]), (set(), [2])):
+        monkeypatch.setattr(process_tree, "zombies", lambda ended=ended: set(ended))
+        mine.collect(owned=owned)
+    assert reaped == [3]
 
 
 def test_codes_and_words():

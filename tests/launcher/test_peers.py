@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from dataclasses import asdict, replace
 
@@ -106,6 +107,62 @@ def test_a_node_that_falls_silent_is_lost_and_named(meet):
     assert "node 2 (" in nodes[1].lost and "no sign of life for 0.5 s" in nodes[1].lost
     nodes[1].publish(None, 5.0)
     assert soon(lambda: nodes[0].failed()) and nodes[0].words() == nodes[1].lost and nodes[0].earliest() is None
+
+
+def test_a_node_whose_ranks_have_ended_may_go_and_the_one_behind_it_is_watched(meet):
+    nodes = meet(3, timeout_s=0.5)
+    nodes[1].ended(wait_s=0)
+    nodes[1].close()
+    time.sleep(0.8)
+    assert not nodes[0].failed()
+    nodes[2].close()
+    assert soon(nodes[0].failed) and "node 2 (" in nodes[0].lost
+
+
+def test_the_end_of_the_others_is_waited_for_as_long_as_they_live(meet):
+    """The node that hosts the store must not leave while another's last rank writes its checkpoint."""
+    nodes = meet(2, timeout_s=0.5)
+    ended = threading.Event()
+
+    def wait():
+        nodes[0].ended(wait_s=0.1, patient=True)
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert not ended.wait(1.0)
+    nodes[1].ended(wait_s=0)
+    assert ended.wait(20) and not nodes[0].others_failed
+
+
+def test_one_that_falls_silent_is_not_waited_for(meet):
+    nodes = meet(2, timeout_s=0.3)
+    nodes[1].close()
+    nodes[0].ended(wait_s=0.1, patient=True)
+    assert nodes[0].others_failed
+
+
+def test_a_failure_that_was_read_is_known_when_the_store_has_gone(meet):
+    class Leaving(Store):
+        gone = False
+
+        def check(self, keys):
+            if self.gone:
+                raise ConnectionError("Connection reset by peer")
+            return super().check(keys)
+
+    store = Leaving()
+    nodes = meet(2, store)
+    nodes[1].publish(FIRST, 100.0)
+    assert soon(nodes[0].failed)
+    store.gone = True
+    assert soon(lambda: nodes[0].lost)
+    assert nodes[0].earliest() == FIRST and nodes[0].earliest_moment() == 100.0
+
+
+def test_a_hang_is_told(meet):
+    nodes = meet(2)
+    nodes[1].publish(None, 100.0, hung=True)
+    assert soon(nodes[0].failed) and nodes[0].hung() and not nodes[1].hung()
 
 
 def test_silence_is_borne_for_ever_when_asked(meet):

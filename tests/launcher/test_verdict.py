@@ -22,8 +22,8 @@ class Attempt:
 
 
 class Peers:
-    def __init__(self, *, others_failed=False, failure=None, moment_s=float("inf"), lost=""):
-        self.others_failed = others_failed
+    def __init__(self, *, others_failed=False, failure=None, moment_s=float("inf"), lost="", hung=False):
+        self.others_failed, self.hung = others_failed, lambda: hung
         self.earliest, self.earliest_moment, self.words = lambda: failure, lambda: moment_s, lambda: lost
 
 
@@ -53,6 +53,14 @@ def test_a_hang_goes_before_the_failures_it_led_to(verdict):
     found = verdict.ended(Attempt(failure(-15), hung=True), Peers(), failed=True)
     assert (found.status, found.exit_code, len(found.failures)) == (FAILED, HUNG_EXIT_CODE, 1)
     assert "60 s" in found.message
+
+
+def test_a_hang_that_another_node_was_the_first_to_see_is_one_here_too(verdict):
+    own = Attempt(failure(-15, consequence=True))
+    found = verdict.ended(own, Peers(others_failed=True, hung=True), failed=True)
+    assert (found.status, found.exit_code) == (FAILED, HUNG_EXIT_CODE) and "60 s" in found.message
+    found = verdict.ended(Attempt(failure(3)), Peers(others_failed=True, hung=True), failed=True)
+    assert found.exit_code == 3
 
 
 @pytest.mark.parametrize(("earlier_s", "code", "hosts"), [(1, 5, ["there", "here"]), (-1, 137, ["here"])])
