@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, made from `benchmarks/results/*.json`: no figure in that page is typed by hand.
+"""The tables of docs/benchmarks.md, made from `benchmarks/results/*.json`: no figure in these is typed by hand.
 
     python -m benchmarks.tables            what would change; exit code 1 if anything would
     python -m benchmarks.tables --write    change it

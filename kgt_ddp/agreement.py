@@ -9,7 +9,9 @@ issue the same collectives in the same order:
     the one after   wait for the mask; a blocking exchange of (present mask, coming mask) that raises
                     `MaskMismatchError` on every rank when they are not all equal; then it is applied
 
-The exchange takes place whether or not the mask changes: a rank that holds the wrong mask may be one that sees no change.
+The exchange takes place whether or not the mask changes: a rank that holds the wrong mask may be one that sees no change. It
+also tells whether a graph waits for its backward on any rank (`step_clock`). Then the mask waits, and the exchange is repeated
+at the next boundary; after `LONGEST_HOLD` of them the mask is given up.
 
 A rank with nothing to say contributes counts of zero: a dead reference means fewer scores, never a hang. Waits end at the
 control group's timeout (that of the user's own group) with an `AgreementError` that says what was waited for.
@@ -18,7 +20,7 @@ control group's timeout (that of the user's own group) with an `AgreementError` 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 LAG = 2
 """Boundaries from the collection of signals to the application of the mask."""
+
+LONGEST_HOLD = 8
+"""Boundaries that a mask waits for graphs."""
 
 Signals = Mapping[str, Sequence[float | None]]
 Decide = Callable[[Mask, dict[str, tuple[float | None, ...]]], Mask]
@@ -90,6 +95,9 @@ class Agreement:
         """Finished Works, kept for the reason given in `comm_hook`."""
         self._sums: tuple[torch.Tensor, dist.Work | None] | None = None
         self._mask: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._num_held = 0
+        """Boundaries at which this mask has waited."""
+        self._told = False
         gloo_exit.expect(self)
 
     @property
@@ -124,8 +132,11 @@ class Agreement:
         self._sums = None if sums is None else (torch.tensor(sums, dtype=torch.float64), None)
         self._mask = None if mask is None else (torch.tensor(mask, dtype=torch.int64), None)
 
-    def prove_equal(self, facts: Mapping[str, Any]) -> None:
-        """Compare facts that must be equal on all ranks (how the model was cut, the interval, …).
+    def prove_equal(self, facts: Mapping[str, Any], *, tolerated: Collection[str] = ()) -> list[str]:
+        """Compare facts that must be equal on all ranks (the interval, …).
+
+        Returns:
+            Names of those that differ, among the `tolerated` ones: the same on all ranks.
 
         Raises:
             AgreementError: on every rank, with the table of who has what.
@@ -134,21 +145,27 @@ class Agreement:
         self._bounded(
             "the facts of all ranks", lambda: dist.all_gather_object(everyone, dict(facts), group=self._group)
         )
-        if any(other != everyone[0] for other in everyone):
-            keys = [k for k in facts if len({str(other.get(k)) for other in everyone}) > 1]
+        keys = [k for k in facts if len({str(other.get(k)) for other in everyone}) > 1]
+        if not set(keys) <= set(tolerated):
             table = "\n".join(
                 f"  rank {r}: " + ", ".join(f"{k}={o.get(k)}" for k in keys) for r, o in enumerate(everyone)
             )
             raise AgreementError(f"the ranks were built differently; they must agree on {', '.join(keys)}:\n{table}")
+        return keys
 
-    def advance(self, step: int, current: Mask, signals: Signals | None = None) -> Mask | None:
+    def advance(
+        self, step: int, current: Mask, signals: Signals | None = None, *, graph_waits: bool = False
+    ) -> Mask | None:
         """Take part in this boundary's collectives; returns a mask to apply now, proven equal on all ranks.
+
+        Args:
+            graph_waits: whether one does on this rank: then no rank gets a mask to apply.
 
         Raises:
             MaskMismatchError, AgreementError: see the module docstring.
         """
         if self._mask is not None:
-            return self._finish(step, current)
+            return self._finish(step, current, graph_waits)
         if self._sums is not None:
             self._answer(current)
         elif step >= self._next_step:
@@ -190,7 +207,7 @@ class Agreement:
             for row, name in enumerate(self._signals)
         }
 
-    def _finish(self, step: int, current: Mask) -> Mask | None:
+    def _finish(self, step: int, current: Mask, graph_waits: bool) -> Mask | None:
         assert self._mask is not None
         message, work = self._mask
         if work is not None:
@@ -202,19 +219,48 @@ class Agreement:
             self._interval = interval
             self._next_step = self._step_after(step)
         mask = Mask.decode(flags, generation, at_mean=bool(at_mean))
-        self.prove_equal_masks(current, mask)
-        return None if mask == current else mask
+        held = self._prove_equal_masks(current, mask, graph_waits)
+        if mask == current:
+            return None
+        if held:
+            self._hold(message)
+            return None
+        self._num_held = 0
+        return mask
 
-    def prove_equal_masks(self, current: Mask, coming: Mask) -> None:
-        """Raise `MaskMismatchError` on every rank unless all hold `current` and are about to apply `coming`."""
+    def _hold(self, message: torch.Tensor) -> None:
+        """Keep the mask for the next boundary, if it has not waited for too long."""
+        self._num_held += 1
+        if self._num_held < LONGEST_HOLD:
+            self._mask = (message, None)
+            return
+        self._num_held = 0
+        if not self._told and self._rank == 0:
+            logger.warning(
+                "no mask can be applied: at each step the graph of an earlier forward still waits for its backward on some "
+                "rank; forwards that are not trained on belong under torch.no_grad()"
+            )
+        self._told = True
+
+    def _prove_equal_masks(self, current: Mask, coming: Mask, graph_waits: bool) -> bool:
+        """Raise `MaskMismatchError` on every rank unless all hold `current` and are about to apply `coming`. Returns whether a
+        graph waits on any of them."""
         mine = torch.tensor(
-            [current.generation, current.frontier, coming.generation, int(coming.at_mean), *coming.encode()]
+            [
+                int(graph_waits),
+                current.generation,
+                current.frontier,
+                coming.generation,
+                int(coming.at_mean),
+                *coming.encode(),
+            ]
         )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
         work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
         self._bounded("the masks of all ranks", work.wait)
         self._kept.append(work)
-        rows = [other.tolist() for other in everyone]
+        any_waits = any(bool(other[0]) for other in everyone)
+        rows = [other[1:].tolist() for other in everyone]
         odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
         if odd:
             table = "\n".join(
@@ -225,6 +271,7 @@ class Agreement:
             )
             ranks = ", ".join(map(str, odd))
             raise MaskMismatchError(f"the freeze mask of rank {ranks} differs from rank 0's:\n{table}")
+        return any_waits
 
     def _bounded(self, what: str, wait: Callable[[], Any]) -> None:
         try:

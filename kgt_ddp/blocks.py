@@ -214,9 +214,20 @@ class Blocks:
 
     def shared_in_prefix(self) -> list[str]:
         """Names of parameters in the frozen prefix that still train through an active block; not those that the user froze."""
+        return [name for block in self.blocks[: self.frontier] for name in self._still_train(block)]
+
+    @property
+    def num_fixed(self) -> int:
+        """Front blocks whose output cannot change: the frozen ones in front of the first with such a parameter."""
+        for index, block in enumerate(self.blocks[: self.frontier]):
+            if self._still_train(block):
+                return index
+        return self.frontier
+
+    def _still_train(self, block: Block) -> list[str]:
+        """Names of its parameters that an active block trains, too."""
         return [
             name
-            for block in self.blocks[: self.frontier]
             for name, p in block.parameters
             if block.shared.get(name, -1) >= self.frontier and id(p) not in self._user_frozen
         ]
@@ -234,6 +245,8 @@ class Blocks:
         if not 0 <= frontier <= self.max_frontier:
             raise ValueError(f"frontier {frontier} is out of range 0 to {self.max_frontier}")
         before = {id(p) for p in self.frozen_parameters()}
+        # Also what the user froze since the model was wrapped: DDP allows it where it is to find unused parameters.
+        self._user_frozen |= {id(p) for p in self.model.parameters() if not p.requires_grad and id(p) not in before}
         old, self.frontier = self.frontier, frontier
         after = self.frozen_parameters()
         frozen = {id(p) for p in after}

@@ -47,6 +47,8 @@ class Boundary:
     optimizers: Sequence[Optimizer]
     saved: SavedTime
     """Knows what a step with nothing frozen takes; asked only when something is decided."""
+    graph_waits: bool = False
+    """Whether, on this rank, a graph from before the last optimizer step may still have its backward."""
     apply_seconds: float | None = None
     """The last change of the mask; None before the first."""
 
@@ -96,6 +98,8 @@ class Decisions:
         self.loss = LossMeter()
         self._agreement: Agreement | None = None
         self._proved = False
+        self._inert = False
+        """Ranks cannot have the same blocks: nothing is decided."""
         self._advanced = -1
         """Step whose boundary the agreement has seen. A state saved in mid-step is resumed at that step's first forward."""
         self._signals: Signals | None = None
@@ -116,11 +120,12 @@ class Decisions:
     def _is_rank_0(self) -> bool:
         return dist.get_rank(self._group) == 0
 
-    def begin(self, model: torch.nn.Module, *, longest_wait_s: float) -> None:
+    def begin(self, model: torch.nn.Module, *, step: int, longest_wait_s: float) -> None:
         """The blocks have their order: agree from the next boundary on.
 
         Args:
             model: what DDP wraps.
+            step: optimizer steps finished: 0 but for a job that is resumed.
             longest_wait_s: what the ranks' collectives bear; repeatable runs wait less for a reference.
         """
         self._agreement = Agreement(
@@ -132,18 +137,20 @@ class Decisions:
             pace=self._pace,
         )
         self._proved = False
+        self._give_up_signals()  # of a state that was loaded before this one
         if self._signal_names and self._blocks.max_frontier:
             self._signals = Signals(
                 self._signal_names,
                 self._blocks,
                 model,
                 interval=self._interval,
-                rank_on_node=environment.rank_on_node(),
+                rank_on_node=_place_on_node(self._group),
                 longest_wait_s=min(LONGEST_WAIT_S, longest_wait_s) if self._deterministic else 0.0,
                 events=self._events,
             )
         self._events.write(
             "blocks",
+            step=step,
             policy=self._policy_spec,
             total_steps=self._given_steps,
             interval=self._interval,
@@ -176,32 +183,41 @@ class Decisions:
         """`step` optimizer steps are finished."""
         if self._profile is not None:
             self._profile.step_ended()
+        if self._signals is not None:
+            self._signals.step_ended()
         self._length.step_ended(step)
 
     def prove_equal(self, step: int) -> None:
-        """Once, all ranks together at the first boundary.
+        """Once, all ranks together at the first boundary. Where they cut the model differently nothing is decided from then on.
 
         Raises:
-            AgreementError: the ranks cut the model differently, or have different settings.
+            AgreementError: they have different settings.
         """
         assert self._agreement is not None
         if self._proved:
             return
-        self._agreement.prove_equal(
-            {
-                "blocks": self._blocks.fingerprint(),
-                "policy": self._policy_spec,
-                "total_steps": self._given_steps,
-                "interval": self._interval,
-                "step": step,
-            }
-        )
+        facts = {
+            "blocks": self._blocks.fingerprint(),
+            "policy": self._policy_spec,
+            "total_steps": self._given_steps,
+            "interval": self._interval,
+            "step": step,
+        }
         self._proved = True
+        # DDP trains such a model, if told to find unused parameters: so must we.
+        if self._agreement.prove_equal(facts, tolerated=("blocks",)):
+            self._inert = True
+            self._give_up_signals()
+            if self._is_rank_0:
+                logger.warning(
+                    "nothing is frozen in this job: the ranks ran different parts of the model in their first forward, and so "
+                    "cut it into different blocks"
+                )
 
     def boundary(self, now: Boundary) -> Mask | None:
         """Take part in what is due at this step, all ranks alike; a mask to apply before its forward, or None."""
         assert self._agreement is not None
-        if self._advanced == now.step:
+        if self._advanced == now.step or self._inert:
             return None
         self._advanced = now.step
         self._now = now
@@ -209,7 +225,7 @@ class Decisions:
         if self._signals is not None and self._agreement.wants_signals(now.step):
             signals = self._signals.collect(now.step, now.mask.generation)
             self._length.look(list(now.optimizers), now.step)
-        mask = self._agreement.advance(now.step, now.mask, signals)
+        mask = self._agreement.advance(now.step, now.mask, signals, graph_waits=now.graph_waits)
         self._follow_interval(now.step)
         return mask
 
@@ -225,6 +241,7 @@ class Decisions:
             num_blocks=len(self._blocks),
             num_freezable=self._blocks.max_frontier,
             frontier=present.frontier,
+            num_fixed=self._blocks.num_fixed,
             learning_rate=learning_rate(now.optimizers),
             loss=self.loss.take(),
             lag_steps=self._signals.lag_steps if self._signals else None,
@@ -270,7 +287,11 @@ class Decisions:
 
     def state_dict(self) -> dict[str, Any]:
         """What all ranks know alike."""
-        return {"agreement": self._agreement.state_dict() if self._agreement else None, "advanced": self._advanced}
+        return {
+            "agreement": self._agreement.state_dict() if self._agreement else None,
+            "advanced": self._advanced,
+            "signals": self._signals.state_dict() if self._signals else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, same_policy: bool, step: int) -> None:
         """After `begin`. Another policy starts its own agreement."""
@@ -279,6 +300,8 @@ class Decisions:
         if same_policy and state["agreement"]:
             self._agreement.load_state_dict(state["agreement"])
             self._follow_interval(step)
+            if self._signals is not None and state.get("signals"):
+                self._signals.load_state_dict(state["signals"])
 
     @property
     def has_rank_0_state(self) -> bool:
@@ -286,9 +309,9 @@ class Decisions:
         return not self.begun or self._is_rank_0
 
     def rank_0_state(self) -> dict[str, Any]:
-        """What only rank 0 knows: the policy's memory, the job's length."""
+        """What only rank 0 knows: the policy's memory, the job's length, the losses since the last decision."""
         length = {**self._length.state_dict(), "num_ranks": self._group.size()}
-        return {"policy": self._policy.state_dict(), "job_length": length}
+        return {"policy": self._policy.state_dict(), "job_length": length, "loss": self.loss.state_dict()}
 
     def load_rank_0_state(self, state: Mapping[str, Any] | None, *, same_policy: bool, same_clock: bool) -> None:
         """`state`: None where rank 0 saved none; `same_clock`: every step of the job so far was counted."""
@@ -302,6 +325,8 @@ class Decisions:
             self._length.load_state_dict(length)
         if same_policy:
             self._policy.load_state_dict(state["policy"])
+            if state.get("loss"):
+                self.loss.load_state_dict(state["loss"])
 
     def reference_stats(self) -> dict[str, Any]:
         """What the connection to the reference did; empty without one."""
@@ -311,3 +336,15 @@ class Decisions:
         """Give the connection to the reference back."""
         if self._signals is not None:
             self._signals.close()
+
+    def _give_up_signals(self) -> None:
+        self.close()
+        self._signals = None
+
+
+def _place_on_node(group: dist.ProcessGroup) -> int:
+    """Number of this rank among the ranks of `group` on its node: a group of some of the ranks has references, too. Launchers
+    number the ranks of a node one after the other."""
+    rank, on_node = dist.get_rank(), environment.rank_on_node()
+    first = rank - on_node
+    return sum(first <= other < rank for other in dist.get_process_group_ranks(group))

@@ -311,7 +311,7 @@ class Freezing:
 
     def _begin_decisions(self) -> None:
         patience_s = torch_private.group_timeout(self._wrapper.process_group).total_seconds() / 2
-        self._decisions.begin(self._wrapper.module, longest_wait_s=patience_s)
+        self._decisions.begin(self._wrapper.module, step=self.clock.step, longest_wait_s=patience_s)
 
     def _boundary(self) -> None:
         """Between two steps."""
@@ -331,6 +331,7 @@ class Freezing:
                 mask=self.mask,
                 optimizers=list(self._optimizers),
                 saved=self._saved,
+                graph_waits=self.clock.graph_waits,
                 apply_seconds=self._apply_s,
             )
         )

@@ -145,7 +145,7 @@ class JobLength:
 
     def look(self, optimizers: Collection[Optimizer], step: int) -> None:
         """Look for schedulers, unless that is done; without success again at `LOOK_AGAIN` times the steps."""
-        if self._settled or self._watched or self.total_steps is not None or step < self._next_look:
+        if self._settled or self._watched or self.total_steps is not None or step < self._next_look or not optimizers:
             return
         self._next_look = LOOK_AGAIN * step
         for scheduler in find_schedulers(optimizers):

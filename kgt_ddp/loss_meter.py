@@ -5,6 +5,8 @@ A loss is added on its device, without waiting for it; only `take` reads the sum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -30,6 +32,14 @@ class LossMeter:
             raise TypeError(f"observe_loss takes a number or a tensor of numbers, not {loss!r}")
         self._sum = self._sum + value
         self._count += 1
+
+    def state_dict(self) -> dict[str, float]:
+        """What was added since the last `take`; plain data."""
+        return {"sum": float(self._sum), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self._sum, self._count = state["sum"], int(state["count"])
 
     def take(self) -> float | None:
         """Mean since the last call; None if nothing was added."""

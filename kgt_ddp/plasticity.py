@@ -69,7 +69,8 @@ def gram(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:
         keep = (mask != 0).reshape(*mask.shape, *(1,) * (rows.dim() - 2)).to(rows.device)
         rows = rows.masked_fill(~keep, 0.0)
     rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-    return torch.nn.functional.normalize(rows @ rows.T, dim=1, eps=1e-30)
+    with torch.autocast(rows.device.type, enabled=False):  # of the forward whose hook this may run in
+        return torch.nn.functional.normalize(rows @ rows.T, dim=1, eps=1e-30)
 
 
 def similarity(activation: Tensor, mask: Tensor | None = None) -> Tensor | None:

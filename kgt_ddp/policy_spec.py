@@ -84,13 +84,21 @@ def _recorded(run_dir: str) -> Replay:
     if not run_dir or not Path(run_dir).is_dir():
         raise PolicyError(f"replay:{run_dir} needs the directory of a recorded run (the --run-dir of an earlier job)")
     table, weight_mean, as_they_were = set(), 0.0, set()
+    writers: dict[int, set[tuple[str, int]]] = {}
     for event in read_events(run_dir):
-        if event["kind"] == "apply":
+        if event["kind"] == "resume":
+            table.add((event["step"], event["frontier"]))
+        elif event["kind"] == "apply":
             table.add((event["step"], event["frontier"]))
             if not event.get("at_mean", True):
                 as_they_were.add(event["step"])
         elif event["kind"] == "blocks":
             weight_mean = event.get("weight_mean", 0.0)
+            known, writer = writers.setdefault(event["index"], set()), (event["host"], event["pid"])
+            if known - {writer} and writer not in known and "step" in event:
+                # The job was started again, from a checkpoint: what came after that did not happen.
+                table = {entry for entry in table if entry[0] < event["step"]}
+            known.add(writer)
     if not table:
         raise PolicyError(f"no mask was applied in the run recorded in {run_dir}: there is nothing to replay")
     return Replay(sorted(table), weight_mean, frozenset(as_they_were))

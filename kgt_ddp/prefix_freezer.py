@@ -54,7 +54,8 @@ class PrefixFreezer:
         old = self._blocks.frontier
         self._blocks.move_to(frontier)
         written = self._mean.moved_from(old, put=at_mean) if self._mean is not None else []
-        equal = [*written, *self._blocks.buffers_between(old, frontier)]
+        apart = self._apart(ddp)
+        equal = [t for t in (*written, *self._blocks.buffers_between(old, frontier)) if id(t) not in apart]
         equalise(ddp.process_group, equal, ddp.broadcast_bucket_size)
         self._leave_out_buffers(ddp)
         frozen = self._blocks.frozen_parameters()
@@ -66,6 +67,12 @@ class PrefixFreezer:
         shared = self._blocks.shared_in_prefix()
         if shared:
             logger.info("%s still trains: an active block uses it too", ", ".join(shared))
+
+    def _apart(self, ddp: DistributedDataParallel) -> set[int]:
+        """By id: what the user has DDP ignore, and each rank has for itself (a shard of an embedding, say)."""
+        names = torch_private.ignored_by_ddp(ddp) - self._ignored_by_us
+        everything = (*ddp.module.named_parameters(), *ddp.module.named_buffers())
+        return {id(tensor) for name, tensor in everything if name in names}
 
     def _leave_out_buffers(self, ddp: DistributedDataParallel) -> None:
         """Frozen buffers leave DDP's broadcast; names that the user has DDP ignore are not ours to give back."""

@@ -92,7 +92,7 @@ class Signals:
         self._blocks = blocks
         self._longest_wait_s = longest_wait_s
         self._waits = False
-        self._device: torch.device | None = None
+        self._devices: set[torch.device] = set()
         self._events = events
         self._lags = score_lags(interval)
         self._norms: dict[int, torch.Tensor] = {}
@@ -109,7 +109,7 @@ class Signals:
                 watched = [_name(b) for b in blocks.blocks[: blocks.max_frontier] if b.unit is not None]
                 offered = self._client.offer_model(model, watched, lags=self._lags)
                 self._waits = longest_wait_s > 0 and offered
-                self._device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+                self._devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
 
     @property
     def wants_reference(self) -> bool:
@@ -147,8 +147,14 @@ class Signals:
         for index, block in enumerate(self._blocks.blocks):
             gradients = [p.grad for _, p in block.parameters if p.grad is not None and index >= self._blocks.frontier]
             if gradients:
-                norm = torch.stack(torch._foreach_norm(gradients, 1)).sum()
+                dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+                norm = torch.stack(torch._foreach_norm(dense, 1)).sum()
                 self._norms[index] = self._norms[index] + norm if index in self._norms else norm
+
+    def step_ended(self) -> None:
+        """An optimizer step is finished: weights that have left the device since are announced to the reference."""
+        if self._client is not None:
+            self._client.announce()
 
     def collect(self, step: int, generation: int) -> dict[str, Values]:
         """This rank's values for the decision at `step`; hands the present weights to the reference."""
@@ -184,8 +190,8 @@ class Signals:
 
     def _await_all(self, client: ReferenceClient) -> list[Score]:
         """All scores of what was handed over; before anything was, wait for the reference itself."""
-        if self._device is not None:  # or the last weights may still be leaving it, which nobody could wait for
-            torch.accelerator.synchronize(self._device)
+        for device in self._devices:  # or the last weights may still be leaving it, which nobody could wait for
+            torch.accelerator.synchronize(device)
         deadline = time.monotonic() + self._longest_wait_s
         scores = client.poll()
         while client.in_flight or not client.connected:
@@ -212,6 +218,14 @@ class Signals:
     def _per_block(self, score: Score | None, field: str) -> Values:
         per_name = getattr(score, field) if score is not None else {}
         return [per_name.get(_name(block)) for block in self._blocks.blocks]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added up since the last decision, the same on all ranks; plain data. The reference's memory is in none."""
+        return {"norms": {index: norm.item() for index, norm in self._norms.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._norms = {int(index): torch.tensor(norm) for index, norm in state["norms"].items()}
 
     def stats(self) -> dict[str, Any]:
         """What the connection did, as plain data; empty without one."""

@@ -1,4 +1,4 @@
-"""Which optimizer step is this, and may a mask be applied now.
+"""Which optimizer step is this, is it a boundary, and does a graph wait for its backward.
 
 The clock counts *finished synchronised backwards followed by an optimizer step*: not forwards (validation, several forwards
 a step), not backwards (accumulation), not optimizer steps alone (a GAN's other optimizer). Every rank of a data-parallel
@@ -6,25 +6,26 @@ job passes these points in the same order, so the count is equal everywhere with
 
 States: *closed* -> (`gradients_reduced`) -> *reduced* -> (`optimizer_stepped`) -> *open* -> (`forward_begins`) -> closed.
 The first training forward in state *open* is a boundary: the one moment at which no gradient of this step exists yet.
-A boundary is withheld
+There is none while paused (inside `join()`, where ranks take different numbers of steps).
 
-- while paused (inside `join()`, where ranks take different numbers of steps), and
-- when a graph recorded before the last optimizer step waits for its backward: a change of buckets now would leave its
-  gradients unreduced. Whether a graph waits follows from the order of calls, which is the same on all ranks; liveness of
-  Python objects is not. A graph that nobody has used for a whole step counts as thrown away.
+No mask may be applied where a graph recorded before the last optimizer step waits for its backward: a change of buckets would
+leave its gradients unreduced. Each rank has its own answer to that (one may have skipped the backward of a bad batch, or made
+a forward that the others did not), so it decides nothing here: `agreement` asks all. A graph is forgotten with its last
+reference, and counts as thrown away when nobody has used it for a whole step.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
 
 
 class _Graph:
-    """One grad-enabled forward: has its backward begun?"""
+    """One grad-enabled forward: has its backward begun? Lives as long as a node of its graph, whose hook alone holds it."""
 
-    __slots__ = ("used",)
+    __slots__ = ("__weakref__", "used")
 
     def __init__(self) -> None:
         self.used = False
@@ -41,8 +42,8 @@ class StepClock:
         self.paused = False
         self._reduced = False
         self._open = True
-        self._graphs: list[_Graph] = []
-        self._earlier_graphs: list[_Graph] = []
+        self._graphs: list[weakref.ref[_Graph]] = []
+        self._earlier_graphs: list[weakref.ref[_Graph]] = []
 
     def gradients_reduced(self) -> None:
         """A synchronised backward has handed over its last bucket."""
@@ -63,7 +64,12 @@ class StepClock:
         if self.paused or not self._open:
             return False
         self._open = False
-        return all(graph.used for graph in self._earlier_graphs)
+        return True
+
+    @property
+    def graph_waits(self) -> bool:
+        """Whether a graph from before the last optimizer step may still have its backward; this rank's own answer."""
+        return any(graph is not None and not graph.used for graph in (found() for found in self._earlier_graphs))
 
     def forward_ended(self, tensors: Iterable[torch.Tensor]) -> None:
         """Watch the graph behind a forward's outputs until its backward begins."""
@@ -74,4 +80,4 @@ class StepClock:
                 tensor.grad_fn.register_prehook(graph.on_backward)
                 attached = True
         if attached:
-            self._graphs.append(graph)
+            self._graphs.append(weakref.ref(graph))

@@ -252,7 +252,8 @@ class Kgt:
             return "the learning rate rose: standing still at a lower one proves nothing"
         if observation.step <= self._frozen_step + 2 * span:  # scores may be late, and still compare across the freeze
             return None
-        for block, cut in enumerate(self._cuts[: observation.frontier]):
+        fixed = observation.frontier if observation.num_fixed is None else observation.num_fixed
+        for block, cut in enumerate(self._cuts[:fixed]):
             seen = visible(scores[block])
             if seen is not None and seen[0] > MOVED * cut.fastest:
                 return f"frozen block {block} has moved: its weights were written to"

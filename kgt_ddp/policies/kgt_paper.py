@@ -7,7 +7,7 @@ fallen to a tenth of its value at the first freeze, all blocks are thawed, and f
 
 Two things differ from the paper's system. The plasticity fed here compares versions of fixed distance, while the paper
 compares with a reference of growing age. And bootstrapping ends when the training loss changes by less than a tenth a
-window, or, where nobody feeds the loss, after two windows of values.
+window, or, where nobody ever fed the loss, after two windows of values.
 
 Per block: no first slope yet → watched → stationary for n evaluations → frozen. An unknown value is left out, and ends a
 run of stationary evaluations.
@@ -122,7 +122,7 @@ class KgtPaper:
                 self._first_slopes[block] = self._slope(block)
         if loss is not None and known(loss):
             self._losses = [*self._losses, loss][-keep:]
-        self._booted = self._booted or self._has_booted(loss is not None)
+        self._booted = self._booted or self._has_booted(bool(self._losses))
 
     def _has_booted(self, sees_loss: bool) -> bool:
         if not sees_loss:

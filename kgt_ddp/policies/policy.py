@@ -27,6 +27,9 @@ class Observation:
     """Front blocks that may be frozen, if those are fewer than all but the last: the user may have frozen the end."""
     frontier: int
     """Blocks frozen now."""
+    num_fixed: int | None = None
+    """Of these the front ones whose output cannot change, if not all: behind an embedding that trains on through a tied output
+    layer, frozen blocks put out something else at each step."""
     learning_rate: float | None = None
     """Of the first parameter group of the optimizer that trains the model, if one was seen."""
     loss: float | None = None

@@ -1,7 +1,8 @@
 """The scores of one block at one evaluation, and whether they may be reckoned with.
 
 visible      all known, finite, S(4L) at least `VISIBLE` floors, and of a kind with each other
-near floor   known, but S(4L) under `VISIBLE` floors: the block moves less than can be seen
+near floor   known, but S(4L) under `VISIBLE` floors: the block moves less than can be seen; or zero, as of a block that stands
+             still before a reference that is exact, whose floor is zero
 at odds      known and above the floor, but no measures of one movement: noise
 unknown      anything else
 
@@ -49,16 +50,16 @@ def visible(scores: Scores) -> tuple[float, float] | None:
 
 def near_floor(scores: Scores) -> bool:
     known = _known(scores)
-    return known is not None and known[2] < VISIBLE * known[3]
+    return known is not None and (known[2] < VISIBLE * known[3] or known[2] == 0.0)
 
 
 def hidden(scores: Scores) -> tuple[float, float] | None:
-    """The most that S(L) and S(4L) of a block near the floor may be."""
+    """The most that S(L) and S(4L) of a block near the floor may be; None also where that is nothing at all."""
     known = _known(scores)
     if known is None or not near_floor(scores):
         return None
     most = VISIBLE * known[3]
-    return most / STEADY, most
+    return (most / STEADY, most) if most else None
 
 
 def at_odds(scores: Scores) -> bool:

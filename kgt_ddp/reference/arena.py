@@ -9,6 +9,7 @@ into the mapping (one copy), the reference reads it from there.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import math
 import mmap
@@ -24,6 +25,11 @@ from kgt_ddp.reference.protocol import ProtocolError
 
 ALIGNMENT: Final = 64
 MAX_PAYLOAD_BYTES: Final = 8 << 30
+
+# By number: a Python that was built for an old kernel (uv's, for a long time) has no names for them.
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 2, 4, 8
 
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype): dtype
@@ -44,23 +50,33 @@ _DTYPES: dict[str, torch.dtype] = {
 
 def memory_file(name: str, num_bytes: int) -> int:
     """A sealed anonymous file of fixed size; the caller owns the descriptor."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = _anonymous_file(name)
     try:
         os.ftruncate(fd, num_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
+def _anonymous_file(name: str) -> int:
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, flags)
+    fd: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), flags)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "memfd_create failed")
+    return fd
+
+
 def payload_file(name: str, write: Callable[[BinaryIO], Any]) -> int:
     """A sealed anonymous file with what `write(file)` puts into it; the caller owns the descriptor."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = _anonymous_file(name)
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
             write(file)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE)
     except BaseException:
         os.close(fd)
         raise
@@ -74,11 +90,11 @@ def sealed_size(fd: int) -> int:
         ProtocolError: it is no memory file, may still shrink, or is larger than `MAX_PAYLOAD_BYTES`.
     """
     try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        seals = fcntl.fcntl(fd, _F_GET_SEALS)
         size = os.fstat(fd).st_size
     except OSError:
         raise ProtocolError("a descriptor that is no anonymous memory") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
+    if not seals & _F_SEAL_SHRINK:
         raise ProtocolError("anonymous memory that its sender may still truncate")
     if size > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"{size} bytes of anonymous memory exceed {MAX_PAYLOAD_BYTES}")

@@ -8,6 +8,7 @@
         client.submit(step, generation)          # copies the weights; False: not now
     for score in client.poll():                  # never waits
         ...
+    client.announce()                            # every step: the copy of the weights may have ended by now
     client.close()
 
 States: offline (no connection; tried again with a growing pause) → online (the model is sent, submits are taken). Any
@@ -22,7 +23,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import pickle
 import select
 import socket
 import statistics
@@ -33,6 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import cloudpickle
 from torch import nn
 
 from kgt_ddp.partition import unwrap
@@ -199,6 +200,15 @@ class ReferenceClient:
         self.stats.busy_s += time.perf_counter() - started
         return accepted
 
+    def announce(self) -> None:
+        """Tell the reference of the submit whose weights were still leaving the device, if they have left it by now. For
+        every step: a submit that waits for the next `poll` is scored an interval late. Never waits."""
+        if self._online is None or self._online.leaving is None or self._pid != os.getpid():
+            return
+        started = time.perf_counter()
+        self._send_leaving()
+        self.stats.busy_s += time.perf_counter() - started
+
     def poll(self, timeout_s: float = 0.0) -> list[Score]:
         """Scores that have arrived, of the latest generation that was submitted. Does not wait, unless it is told to
         wait up to `timeout_s` for the first message (repeatable runs do, with a bound)."""
@@ -259,9 +269,13 @@ class ReferenceClient:
             return False
         if samples is None and not online.probe_sent:
             samples = self._probe
+        try:
+            fds = _payloads(samples, similarities)
+        except Exception as error:  # of a type of the user's own
+            self._cannot_pickle(samples, error)
+            return False
         present = online.selection.choose(tensors, unchanged)
         slot = online.free.pop()
-        fds = _payloads(samples, similarities)
         online.leaving = ({}, fds)  # from here on the connection owns them, whatever fails
         header = {
             "step": step,
@@ -278,6 +292,12 @@ class ReferenceClient:
         online.leaving = (header, fds)
         self._send_leaving()
         return self._online is not None
+
+    def _cannot_pickle(self, samples: Samples | None, error: Exception) -> None:
+        self.problem = f"samples cannot be pickled ({type(error).__name__}: {error})"
+        if samples is self._probe:  # nor will they at the next submit
+            logger.warning("no reference can score this model: its %s", self.problem)
+            self._drop_offer()
 
     def _send_leaving(self) -> None:
         """Announce the weights whose copy is complete."""
@@ -347,7 +367,9 @@ class ReferenceClient:
 
     def _wait(self, timeout_s: float) -> None:
         if timeout_s > 0 and self._online is not None:
-            select.select([self._online.connection], [], [], timeout_s)
+            readable = select.poll()  # `select.select` takes no descriptor from 1024 on
+            readable.register(self._online.connection, select.POLLIN)
+            readable.poll(timeout_s * 1000)
 
     def _fail(self, why: str) -> None:
         """Go offline, and try again after a pause that grows."""
@@ -377,12 +399,13 @@ class ReferenceClient:
 
 
 def _payloads(*values: Any) -> list[int]:
-    """Descriptors of the values that are not None, pickled; none is left open if one cannot be."""
+    """Descriptors of the values that are not None, pickled, classes of `__main__` with them; none is left open if one
+    cannot be."""
     fds: list[int] = []
     try:
         for value in values:
             if value is not None:
-                fds.append(payload_file("kgtrun-payload", functools.partial(pickle.dump, value)))
+                fds.append(payload_file("kgtrun-payload", functools.partial(cloudpickle.dump, value)))
     except BaseException:
         protocol.close_all(fds)
         raise

@@ -196,7 +196,14 @@ class Session:
             raise ProtocolError(f"a submit with slot {slot}")
         weights = _selected(self._slots[slot], message["names"])
         payloads = iter(fds)
-        samples = _unpickled(next(payloads), "samples") if message["samples"] else None
+        try:
+            samples = _unpickled(next(payloads), "samples") if message["samples"] else None
+        except ProtocolError as error:
+            # Of a type of the user's own that does not load here: no fault of the connection's, and a new one would not help.
+            self._report(f"no scores: {error}")
+            samples = None
+            if self._pairing == "probe":
+                self._scorer = None  # there will be no others
         similarities = _unpickled(next(payloads), "similarities") if message["similarities"] else None
         if samples is not None and not isinstance(samples, Samples):
             raise ProtocolError("samples of another type")

@@ -26,32 +26,32 @@ class Transfer:
     def __init__(self) -> None:
         self._locks = PageLocks()
         self._staging: dict[str, Tensor] = {}
-        self._pending: Mapping[str, Tensor] = {}
-        self._event: torch.Event | None = None
-        self._side: torch.Stream | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._events: list[torch.Event] = []
+        self._sides: dict[torch.device, torch.Stream] = {}
 
     def start(self, tensors: Mapping[str, Tensor], slot: Mapping[str, Tensor]) -> None:
         """Copy `tensors` into those of the same names in `slot`; the slot may be read once `done` says so."""
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            by_device.setdefault(tensor.device, {})[name] = tensor
         with torch.no_grad():
-            away = next((t.device for t in tensors.values() if t.device.type != "cpu"), None)
-            if away is not None:
-                direct = self._locks.lock(slot, away)
-                self._start_on(away, tensors, slot if direct else self._staging_for(tensors))
-                self._pending = {} if direct else {name: slot[name] for name in tensors}
-                return
-            for name, tensor in tensors.items():
+            for name, tensor in by_device.pop(torch.device("cpu"), {}).items():
                 slot[name].copy_(tensor)
+            for device, those in by_device.items():
+                direct = self._locks.lock(slot, device)
+                self._start_on(device, those, slot if direct else self._staging_for(those))
+                if not direct:
+                    self._pending.update({name: slot[name] for name in those})
 
     def done(self) -> bool:
         """Is the last copy complete? Never waits."""
-        if self._event is None:
-            return True
-        if not self._event.query():
+        if not all(event.query() for event in self._events):
             return False
         with torch.no_grad():
             for name, target in self._pending.items():
                 target.copy_(self._staging[name])
-        self._event, self._pending = None, {}
+        self._events, self._pending = [], {}
         return True
 
     def release(self) -> None:
@@ -60,7 +60,7 @@ class Transfer:
             self._locks.release()
         else:
             _given_up.append(self._locks)
-        self._event, self._pending, self._locks = None, {}, PageLocks()
+        self._events, self._pending, self._locks = [], {}, PageLocks()
 
     def _staging_for(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items():
@@ -70,13 +70,14 @@ class Transfer:
         return self._staging
 
     def _start_on(self, device: torch.device, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-        if self._side is None:  # one stream for good: a copy that nobody waits for any more ends before the next begins
-            self._side = torch.Stream(device=device)
-        side = self._side
+        if device not in self._sides:  # one for good: a copy that nobody waits for any more ends before the next begins
+            self._sides[device] = torch.Stream(device=device)
+        side = self._sides[device]
         training = torch.accelerator.current_stream(device)
         side.wait_stream(training)
         with side:
             for name, tensor in tensors.items():
                 targets[name].copy_(tensor, non_blocking=True)
-        self._event = side.record_event()
-        training.wait_event(self._event)
+        event = side.record_event()
+        training.wait_event(event)
+        self._events.append(event)

@@ -18,7 +18,7 @@ from kgt_ddp.mask import Mask
 from kgt_ddp.policies.policy import Decision, Schedule
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.networks import SmallResNet
-from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, train
+from tests.kgt_ddp.training import OPTIMIZERS, differing, image_batch, snapshot, told, train
 from tests.ranks import RanksFailed
 
 pytestmark = pytest.mark.integration
@@ -60,10 +60,10 @@ def tampered(rank, world):
     if rank == 1:
         finish = Agreement._finish
 
-        def corrupt(self, step, current):
+        def corrupt(self, *now):
             self._mask[1].wait()
             self._mask[0][4] = 0  # interval, generation, whether at the mean, blocks 0 and 1, …
-            return finish(self, step, current)
+            return finish(self, *now)
 
         Agreement._finish = corrupt
     backwards = []
@@ -98,6 +98,112 @@ def test_ranks_built_differently_are_told_apart_with_a_table(run_ranks):
     for text in failed.value.failures.values():
         assert "must agree on total_steps" in text
         assert "rank 1: total_steps=101" in text
+
+
+def one_forward_more(rank, world):
+    """Now and then rank 0 makes a forward whose backward never comes, and rank 1 leaves out that of a bad micro-batch."""
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(6, 2)]), interval=3, broadcast_buffers=False)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    frontiers, kept = [], []
+    for step in range(14):
+        with ddp.no_sync():
+            if rank == 0 and step in (0, 2, 4, 7):
+                kept = [ddp(image_batch(100, 0)[0])]
+            loss = ddp(image_batch(2 * step, rank)[0]).square().mean()
+            if rank == 1 and step in (3, 5, 8):
+                kept = [loss]
+            else:
+                loss.backward()
+        optimizer.zero_grad()
+        ddp(image_batch(2 * step + 1, rank)[0]).square().mean().backward()
+        optimizer.step()
+        frontiers.append(ddp.freezing.frontier)
+    return frontiers, snapshot(ddp.module), len(kept)
+
+
+def test_a_graph_that_waits_on_one_rank_holds_the_mask_back_on_all(run_ranks):
+    (a, weights_a, _), (b, weights_b, _) = run_ranks(2, one_forward_more)
+    assert a == b and a[-1] == 2 and 0 < a.count(2) < 8
+    assert (
+        differing(
+            {n: w for n, w in weights_a.items() if "running" not in n and "tracked" not in n},
+            {n: w for n, w in weights_b.items() if "running" not in n and "tracked" not in n},
+        )
+        == []
+    )
+
+
+def always_a_graph(rank, world):
+    messages = told()
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(6, 2)]), interval=3, broadcast_buffers=False)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    kept = []
+    for step in range(30):
+        x, _ = image_batch(step, rank)
+        optimizer.zero_grad()
+        ddp(x).square().mean().backward()
+        if rank == 1:
+            kept.append(ddp(x))
+        optimizer.step()
+    return ddp.freezing.frontier, ddp.freezing.clock.step, messages
+
+
+def test_where_a_graph_waits_at_each_step_the_mask_is_given_up_and_that_is_said_once(run_ranks):
+    for rank, (frontier, steps, messages) in enumerate(run_ranks(2, always_a_graph)):
+        assert (frontier, steps) == (0, 30)
+        assert sum("no mask can be applied" in text for text in messages) == (rank == 0)
+
+
+class Dropping(torch.nn.Module):
+    """Leaves out a layer in its first forward, another one on each rank."""
+
+    def __init__(self, left_out):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()) for _ in range(4))
+        self.left_out = left_out
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            if index != self.left_out:
+                x = x + layer(x)
+        self.left_out = None
+        return x
+
+
+def other_layers_each(rank, world):
+    messages = told()
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(Dropping(rank), policy="static:blocks=2,step=4", interval=3, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for step in range(10):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        ddp(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    return ddp.freezing.frontier, ddp.freezing.clock.step, snapshot(ddp.module), messages
+
+
+def test_ranks_that_run_other_layers_at_first_train_on_with_nothing_frozen(run_ranks):
+    a, b = run_ranks(2, other_layers_each)
+    assert a[:2] == b[:2] == (0, 10) and differing(a[2], b[2]) == []
+    assert any("nothing is frozen in this job: the ranks ran different parts" in text for text in a[3])
+
+
+def shards(rank, world):
+    """Each rank has a table of its own, which DDP is told to leave alone."""
+    torch.manual_seed(3)
+    model = SmallResNet()
+    model.stem.register_buffer("shard", torch.full((3 + rank,), float(rank)))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["stem.shard"])
+    ddp = FreezeAwareDDP(model, policy=Replay([(6, 2)], weight_mean=0.5), interval=3)
+    train(ddp, OPTIMIZERS["sgd"](ddp.parameters()), rank=rank, steps=range(12))
+    return ddp.freezing.frontier, model.stem.shard.tolist()
+
+
+def test_what_the_user_has_ddp_ignore_is_not_made_equal_as_its_block_freezes(run_ranks):
+    assert run_ranks(2, shards) == [(2, [0.0] * 3), (2, [1.0] * 4)]
 
 
 class RandomMasks(Schedule):

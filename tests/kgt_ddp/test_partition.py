@@ -206,12 +206,22 @@ def test_tied_weights_are_shared_with_their_last_user():
     assert blocks[0].shared == {"embedding.weight": 3}
     blocks.move_to(2)
     assert model.embedding.weight.requires_grad
-    assert "embedding.weight" in blocks.shared_in_prefix()
+    assert "embedding.weight" in blocks.shared_in_prefix() and blocks.num_fixed == 0
     assert not model.layers[0].mlp[0].weight.requires_grad
     model.embedding.requires_grad_(False)
     by_hand = ordered(model, torch.ones(2, 5, dtype=torch.long))
     by_hand.move_to(2)
-    assert by_hand.shared_in_prefix() == []
+    assert by_hand.shared_in_prefix() == [] and by_hand.num_fixed == 2
+
+
+def test_what_the_user_freezes_later_stays_frozen_when_its_block_is_lifted():
+    model = SmallViT()
+    blocks = ordered(model, torch.randn(2, 1, 8, 8))
+    own = blocks[0].parameters[0][1].requires_grad_(False)
+    blocks.move_to(2)
+    assert own not in {*blocks.frozen_parameters()}
+    blocks.move_to(0)
+    assert not own.requires_grad and all(p.requires_grad for _, p in blocks[0].parameters[1:])
 
 
 def test_watching_leaves_nothing_behind_and_changes_nothing():

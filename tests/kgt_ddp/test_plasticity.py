@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kgt_ddp.plasticity import distance, first_floating_tensor, plasticity, similarity
+from kgt_ddp.plasticity import distance, first_floating_tensor, gram, plasticity, similarity
 
 
 def test_similarity_of_a_hand_computed_batch():
@@ -103,3 +103,10 @@ def test_the_first_floating_tensor_of_a_structure():
     assert first_floating_tensor(Output(ids, x)) is x
     assert first_floating_tensor((ids, "text", 3)) is None
     assert plasticity((ids,), (x,)) is None
+
+
+def test_inside_a_forward_under_autocast_it_is_computed_in_fp32_all_the_same():
+    activation = torch.randn(6, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gram(activation)
+    assert found.dtype == torch.float32 and torch.equal(found, gram(activation))

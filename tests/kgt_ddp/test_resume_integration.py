@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kgt_ddp import FreezeAwareDDP
+from kgt_ddp.policies.gradnorm import GradNorm
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.networks import SmallResNet, SmallViT
 from tests.kgt_ddp.training import OPTIMIZERS, differing, snapshot, told, train
@@ -170,3 +171,38 @@ def other_policy(rank, world, state):
 def test_under_another_policy_the_frozen_blocks_stay_and_the_new_policy_goes_on(run_ranks):
     (state,) = run_ranks(1, first_half)
     assert run_ranks(1, other_policy, state) == [(3, [])]
+
+
+def listening(rank, world, stops):
+    """A policy that adds up between two decisions goes on with what it had."""
+
+    def made():
+        torch.manual_seed(3)
+        ddp = FreezeAwareDDP(SmallResNet(), policy=GradNorm(intervals=6), total_steps=STEPS, interval=4)
+        return ddp, OPTIMIZERS["sgd"](ddp.parameters())
+
+    def step_of(job, step):
+        job[0].freezing.observe_loss(float(step))
+        train(*job, rank=rank, steps=range(step, step + 1))
+
+    whole, kept = made(), {}
+    for step in range(STEPS):
+        if step in stops:
+            kept[step] = saved(*whole)
+        step_of(whole, step)
+    outcomes = {}
+    for stop, blob in kept.items():
+        again = made()
+        state = torch.load(io.BytesIO(blob), weights_only=True)
+        for name, part in {"model": again[0].module, "optimizer": again[1], "freezing": again[0].freezing}.items():
+            part.load_state_dict(state[name])
+        for step in range(stop, STEPS):
+            step_of(again, step)
+        ours, theirs = again[0].freezing.state_dict(), whole[0].freezing.state_dict()
+        outcomes[stop] = (differing(weights(again[0]), weights(whole[0])), ours.get("rank_0") == theirs.get("rank_0"))
+    return outcomes, whole[0].freezing.frontier
+
+
+def test_gradient_norms_of_an_unfinished_interval_are_in_the_state(run_ranks):
+    for outcomes, _ in run_ranks(2, listening, [5, 7, 10], timeout_s=120):
+        assert outcomes == {stop: ([], True) for stop in (5, 7, 10)}

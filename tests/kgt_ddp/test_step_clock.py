@@ -59,7 +59,7 @@ def test_a_paused_clock_neither_ticks_nor_opens():
     assert clock.forward_begins()
 
 
-def test_a_boundary_waits_for_a_graph_from_before_the_last_step_and_gives_it_up_after_another():
+def test_a_graph_from_before_the_last_step_waits_and_is_given_up_after_another():
     clock = StepClock()
     weight = torch.ones(1, requires_grad=True)
     clock.forward_begins()
@@ -67,18 +67,32 @@ def test_a_boundary_waits_for_a_graph_from_before_the_last_step_and_gives_it_up_
     clock.forward_ended([used])
     clock.forward_ended([unused])
     used.backward()
+    assert not clock.graph_waits, "it is of this step"
     clock.gradients_reduced()
     clock.optimizer_stepped()
-    assert not clock.forward_begins()
-    clock.gradients_reduced()
-    clock.optimizer_stepped()
-    assert clock.forward_begins()
+    assert clock.graph_waits
+    assert step(clock) and not clock.graph_waits
+    del unused
+
+
+def test_a_graph_that_nobody_holds_any_more_does_not_wait():
+    clock = StepClock()
+    weight = torch.ones(1, requires_grad=True)
+    clock.forward_begins()
+    clock.forward_ended([weight * 2])
+    output = weight * 3
+    clock.forward_ended([output])
+    loss = output.sum()
+    del output  # what is made of it holds its graph
+    step(clock)
+    assert clock.graph_waits
+    del loss
+    assert not clock.graph_waits
 
 
 def test_outputs_without_a_graph_are_not_waited_for():
     clock = StepClock()
     clock.forward_begins()
     clock.forward_ended([torch.ones(1)])
-    clock.gradients_reduced()
-    clock.optimizer_stepped()
-    assert clock.forward_begins()
+    step(clock)
+    assert not clock.graph_waits

@@ -148,6 +148,14 @@ def test_a_front_block_near_the_floor_does_not():
     assert found[first(found, 1)].frontier >= 2
 
 
+def test_a_front_block_that_stands_still_does_not_even_where_the_reference_has_no_floor():
+    """Frozen by the user, or trained at a rate of zero: fp32 scores it zero, and its own floor is zero too."""
+    near = settling(scales=(250, 400, 600, 900))
+    for row in near:
+        row[0] = 0.0
+    assert frontiers(run(near, floor=0.0))[-1] == 3
+
+
 def test_a_front_block_that_was_never_above_the_floor_freezes_when_it_is_late_whatever_is_behind_it():
     """Three floors are a hundred-thousandth of what the network moves. The floor of all others hides nothing."""
     near = [[1e-9, 1e-3, 1e-3, 1e-3] for _ in range(150)]
@@ -345,6 +353,16 @@ def test_a_frozen_block_that_moves_is_thawed():
     found = run(near, silence=False)
     thaw = next(d for d in found[at + 30 :] if d.frontier == 0)
     assert found[at + 29].frontier > 0 and "block 0 has moved" in thaw.reason
+
+
+def test_behind_an_embedding_that_trains_on_outputs_move_and_nothing_is_thawed():
+    """It is tied to the output layer: the frozen blocks put out something else at each step, and nobody wrote to them."""
+    near = settling()
+    for row in near[110:]:
+        row[0] = 1e-5
+    found = frontiers(run(near, silence=False, num_fixed=0))
+    assert found[-1] == 3 and 0 not in found[found.index(1) :]
+    assert any(d.frontier == 0 and "block 0 has moved" in d.reason for d in run(near, silence=False))
 
 
 def test_a_network_that_moves_much_more_than_at_the_freeze_is_thawed():

@@ -27,6 +27,12 @@ def test_nothing_is_judged_while_the_loss_still_falls():
     assert frontiers(drive(KgtPaper(window=5), {"plasticity": rows}, loss=flat))[-1] == 1
 
 
+def test_a_loss_that_is_reported_now_and_then_is_one_that_is_reported():
+    rows = decaying(5, 5, count=60)
+    falling = [None if i % 10 else 0.9**i for i in range(60)]
+    assert set(frontiers(drive(KgtPaper(window=5), {"plasticity": rows}, loss=falling))) == {0}
+
+
 def test_constant_scores_freeze_nothing():
     assert set(frontiers(drive(KgtPaper(window=5), {"plasticity": [[1.0, 2.0, 3.0]] * 100}))) == {0}
 

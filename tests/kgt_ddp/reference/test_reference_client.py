@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
+import resource
+import socket
 import time
 
 import pytest
@@ -269,6 +272,59 @@ def test_without_references_there_is_no_client(tmp_path):
     assert ReferenceClient.from_environment(0, {"KGTRUN_REFERENCE_DIR": "/x", "KGTRUN_NUM_REFERENCES": "0"}) is None
     client = ReferenceClient.from_environment(5, {"KGTRUN_REFERENCE_DIR": "/x", "KGTRUN_NUM_REFERENCES": "2"})
     assert client is not None and client._path.name == "ref1.sock"
+
+
+class Unreadable:
+    """Cannot be unpickled anywhere."""
+
+    def __reduce__(self):
+        return int, ("not a number",)
+
+
+def test_samples_that_do_not_load_there_are_said_once_and_the_connection_stays(client, tools, caplog):
+    client.offer_model(tools.small_net(), ["0"], lags=(1,))
+    client.retain_probe(Samples((Unreadable(),)))
+    for step in range(3):
+        assert tools.exchange(client, step) == []
+    assert client.stats.connections == 1 and "cannot be unpickled" in client.problem
+    assert caplog.text.count("the reference cannot score: no scores: samples that cannot be unpickled") == 1
+
+
+def test_a_probe_that_cannot_be_pickled_is_said_and_nothing_more_is_sent(client, tools, caplog):
+    client.offer_model(tools.small_net(), ["0"], lags=(1,))
+    client.retain_probe(Samples((__import__("threading").Lock(),)))
+    assert [client.submit(step, 0) for step in range(3)] == [False] * 3
+    assert caplog.text.count("its samples cannot be pickled") == 1 and not client.connected
+
+
+def test_a_submit_whose_copy_ends_later_is_announced_by_the_next_step(client, tools, monkeypatch):
+    """As on a device, where training is ahead of it."""
+    ended = []
+    monkeypatch.setattr(client._transfer, "done", lambda: bool(ended))
+    client.offer_model(tools.small_net(), ["0"], lags=(1,))
+    client.retain_probe(Samples((torch.randn(6, 8),)))
+    tools.until(lambda: client.submit(0, 0), 60)
+    client.announce()
+    assert client.in_flight == 0
+    ended.append(True)
+    client.announce()
+    assert client.in_flight == 1
+
+
+def test_a_descriptor_beyond_those_that_select_takes_is_waited_for(client, tools):
+    client.offer_model(tools.small_net(), ["0"], lags=(1,))
+    client.retain_probe(Samples((torch.randn(6, 8),)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        tools.exchange(client, 0)
+        high = fcntl.fcntl(client._online.connection, fcntl.F_DUPFD, 1500)
+        client._online.connection.close()
+        client._online.connection = socket.socket(fileno=high)
+        assert len(tools.exchange(client, 1)) == 1
+        client.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_samples_that_cannot_be_pickled_are_dropped_without_a_trace(client, tools):

@@ -251,6 +251,7 @@ def test_classes_of_main_and_of_a_module_beside_the_script(shared_reference, tmp
     script.write_text(
         textwrap.dedent("""
         import sys, time, torch
+        from dataclasses import dataclass
         from torch import nn
         from beside import Beside
         from kgt_ddp.reference.client import ReferenceClient
@@ -258,17 +259,21 @@ def test_classes_of_main_and_of_a_module_beside_the_script(shared_reference, tmp
 
         FACTOR = 2.0
 
+        @dataclass
+        class Batch:
+            x: torch.Tensor
+
         class Mine(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.one, self.two = Beside(), nn.Linear(8, 8)
             def forward(self, batch, *, scale=1.0):
-                return self.two(FACTOR * self.one(batch["x"]) * scale)
+                return self.two(FACTOR * self.one(batch.x) * scale)
 
         net = Mine()
         client = ReferenceClient(sys.argv[1], 0)
         assert client.offer_model(net, ["one", "two"], lags=(1,)), client.problem
-        client.retain_probe(Samples(({"x": torch.randn(6, 8)},), {"scale": 0.5}))
+        client.retain_probe(Samples((Batch(torch.randn(6, 8)),), {"scale": 0.5}))
         scores, step, end = [], 0, time.monotonic() + 60
         while not scores and time.monotonic() < end:
             if not client.in_flight:

@@ -14,7 +14,7 @@ from torch import nn
 
 from kgt_ddp import torch_private
 from kgt_ddp.reference import protocol
-from kgt_ddp.reference.arena import Layout, memory_file, named_tensors, payload_file, read_payload
+from kgt_ddp.reference.arena import Layout, memory_file, named_tensors, payload_file, read_payload, sealed_size
 from kgt_ddp.reference.model import is_ours, model_from, pickled_structure, submodules
 from kgt_ddp.reference.pairing import Comparison, FreshSamples, RetainedProbe, Scorer, TrainerActivations, Work
 from kgt_ddp.reference.process import Settings, parse_cpus, precision_of
@@ -116,6 +116,13 @@ def test_memory_that_may_be_truncated_is_not_mapped():
     with pytest.raises(PermissionError):
         os.ftruncate(sealed, 0)
     os.close(sealed)
+
+
+def test_anonymous_memory_without_pythons_own_call(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    fd = memory_file("t", 100)
+    assert sealed_size(fd) == 100 and not os.get_inheritable(fd)
+    os.close(fd)
 
 
 Point = collections.namedtuple("Point", "x mask")

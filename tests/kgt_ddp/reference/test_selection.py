@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kgt_ddp.reference.selection import Selection, runs_of_positions
+from kgt_ddp.reference.selection import EVERYTHING, Selection, runs_of_positions
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -48,3 +48,12 @@ def test_a_block_that_moved_in_between_is_sent_anew_when_it_stands_still_again()
 def test_names_become_runs_of_positions() -> None:
     assert runs_of_positions(["c", "d", "a", "f"], "abcdef") == [[0, 1], [2, 4], [5, 6]]
     assert runs_of_positions([], "abc") == []
+
+
+def test_a_write_that_torch_does_not_count_is_sent_in_the_end() -> None:
+    selection, tensors = Selection(), weights()
+    sent = []
+    for _ in range(2 * EVERYTHING):
+        tensors["layer1.bias"].data.add_(1)
+        sent.append("layer1.bias" in selection.choose(tensors, ["layer1"]))
+    assert sent == [True, *[False] * 6, True, *[False] * 7, True]
