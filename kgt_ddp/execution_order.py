@@ -2,7 +2,8 @@
 
 Modules are seen by temporary forward hooks, parameters by a `TorchFunctionMode` (which also sees `self.cls_token` used
 directly in a forward, that no module hook shows). Nothing of the forward is changed, and nothing stays behind. A parameter
-that is handed to a custom `autograd.Function` is seen by neither; its owner's call stands in for it.
+that is handed to a custom `autograd.Function` is seen by neither; its owner's call stands in for it. Neither sees into a
+`ScriptModule`, which takes no hooks: it counts as not called.
 
 Times are ticks of a counter: only their order means anything.
 """
@@ -30,13 +31,22 @@ class ExecutionOrder:
     """Module -> (start, end) of each of its calls."""
     uses: dict[int, list[int]] = field(default_factory=dict)
     """Parameter -> time of each use by a torch function."""
-    reentrant_checkpoint: bool = False
-    """`torch.utils.checkpoint` with `use_reentrant=True` was called."""
+    reentrant_calls: list[tuple[int, int]] = field(default_factory=list)
+    """(start, end) of each `torch.utils.checkpoint` with `use_reentrant=True`; those inside another one are left out."""
     _time: int = 0
+    _call_began: int | None = None
 
     def tick(self) -> int:
         self._time += 1
+        if self._call_began is not None and torch.is_grad_enabled():  # within such a call it is off
+            self.reentrant_calls.append((self._call_began, self._time))
+            self._call_began = None
         return self._time
+
+    def reentrant_call(self) -> None:
+        """One begins. Its end is told by what runs next."""
+        if torch.is_grad_enabled():
+            self._call_began = self.tick()
 
 
 class _UseRecorder(TorchFunctionMode):
@@ -73,6 +83,10 @@ def _reads_metadata(func: Any) -> bool:
     )
 
 
+def looked_at(*_: Any) -> None:
+    """A forward hook that does nothing. Where hooks look, the activation cache lets the frozen prefix compute."""
+
+
 @contextmanager
 def watch(model: nn.Module) -> Iterator[ExecutionOrder]:
     """Record the forwards of `model` that run inside this context.
@@ -91,11 +105,13 @@ def watch(model: nn.Module) -> Iterator[ExecutionOrder]:
             order.calls.setdefault(id(module), []).append((starts.pop(), order.tick()))
 
     def notice(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        order.reentrant_checkpoint = True
+        order.reentrant_call()
         return inputs
 
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             for handle in (
                 module.register_forward_pre_hook(enters, prepend=True),
                 module.register_forward_hook(leaves, always_call=True),
@@ -106,5 +122,6 @@ def watch(model: nn.Module) -> Iterator[ExecutionOrder]:
         stack.enter_context(torch_private.reentrant_checkpoint_inputs(notice))
         stack.enter_context(_UseRecorder(order, {id(p) for p in model.parameters()}))
         yield order
+        order.tick()  # ends a call that was the last thing to run
         for calls in order.calls.values():
             calls.sort()

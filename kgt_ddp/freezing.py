@@ -36,6 +36,7 @@ from kgt_ddp.join_watch import JoinWatch
 from kgt_ddp.mask import Mask
 from kgt_ddp.optimizer_hooks import learning_rate, living_optimizers
 from kgt_ddp.policies.policy import Policy
+from kgt_ddp.prefix_edge import marking
 from kgt_ddp.prefix_freezer import PrefixFreezer
 from kgt_ddp.saved_time import SavedTime
 from kgt_ddp.step_clock import StepClock
@@ -237,16 +238,18 @@ class Freezing:
     def before_forward(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward of the wrapper begins: do whatever is due before it."""
         ddp = self._wrapper
-        self.guard.restore()
+        self.guard.before_forward()
         self.blocks.hold_eval()
         self._training = torch.is_grad_enabled() and ddp.training
         if not self._training:
+            self._edge.look_at(inputs, kwargs)
             return
         self.clock.paused = self._join.inside and torch_private.join_enabled(ddp)
         self._decisions.before_forward(inputs, kwargs)
         if self.clock.forward_begins():
             torch_private.rebuild_buckets_if_due(ddp)
             self._boundary()
+        self._edge.look_at(inputs, kwargs)
         if not self.blocks.ordered:
             self._order = self._around_forward.enter_context(watch(ddp.module))
         elif self._edge.needed:
@@ -279,6 +282,9 @@ class Freezing:
             self._decisions.before_optimizer_step()
         self.guard.before_step(optimizer)
 
+    def after_closure(self, optimizer: Optimizer) -> None:
+        self.guard.before_step(optimizer)
+
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         self.guard.after_step(optimizer)
         if self._owns(optimizer):
@@ -303,7 +309,7 @@ class Freezing:
 
     def _take_order(self, order: ExecutionOrder) -> None:
         self.blocks.order_by(order)
-        self._edge.reentrant = order.reentrant_checkpoint
+        self._edge.reentrant = marking(self.blocks, order) if order.reentrant_calls else False
         self.hook.set_blocks(self._block_parameters())
         self.mask = Mask(0, len(self.blocks), self.mask.generation)
         self._begin_decisions()

@@ -6,11 +6,13 @@ listener, and listeners are held weakly.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -19,6 +21,9 @@ class StepListener(Protocol):
     """Called around each optimizer step of this process; must not raise."""
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+
+    def after_closure(self, optimizer: Optimizer) -> None:
+        """A closure that the step was given has run, forward and backward: the step goes on."""
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
@@ -51,9 +56,26 @@ def living_optimizers() -> list[Optimizer]:
     return [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
 
 
-def _before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     for listener in list(_listeners):
         listener.before_optimizer_step(optimizer)
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _followed(kwargs["closure"], optimizer)}
+    # The optimizer itself is the first argument. A step of one's own may be given anything, a model for instance.
+    if len(args) > 1 and callable(args[1]) and not isinstance(args[1], nn.Module):
+        return (args[0], _followed(args[1], optimizer), *args[2:]), kwargs
+    return None
+
+
+def _followed(closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
+    @functools.wraps(closure)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        for listener in list(_listeners):
+            listener.after_closure(optimizer)
+        return result
+
+    return run
 
 
 def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -7,11 +7,12 @@ import hashlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from kgt_ddp import FreezeAwareDDP
 from kgt_ddp.policies.schedules import Replay
 from tests.kgt_ddp.networks import SmallResNet
-from tests.kgt_ddp.training import OPTIMIZERS, image_batch, snapshot, train
+from tests.kgt_ddp.training import OPTIMIZERS, image_batch, snapshot, told, train
 
 pytestmark = pytest.mark.integration
 
@@ -222,3 +223,107 @@ def test_amp_goes_on_when_an_optimizer_has_no_gradient_left(run_ranks):
         assert steps == 10
         assert seen[-1][0] == 4
         assert len({d for f, d in seen if f == 4}) == 1
+
+
+class SwingsOn(torch.optim.Optimizer):
+    """Its momentum swings on where `grad is None`, and it takes a closure as torch's own do."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                swing = self.state[p].setdefault("swing", torch.zeros_like(p))
+                swing.mul_(0.9).add_(0.0 if p.grad is None else p.grad)
+                p.sub_(swing, alpha=group["lr"])
+        return loss
+
+
+BY_CLOSURE = {"swings_on": SwingsOn, "lbfgs": lambda ps: torch.optim.LBFGS(ps, lr=0.1, max_iter=3)}
+
+
+def step_by_closure(ddp, optimizer, rank, step, *, by_name):
+    def closure():
+        optimizer.zero_grad()
+        x, y = image_batch(step, rank)
+        loss = torch.nn.functional.cross_entropy(ddp(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+
+
+def by_closure(rank, world, kind, by_name):
+    torch.manual_seed(3)
+    messages = told()
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(3, 3), (15, 0)]), interval=3)
+    optimizer = BY_CLOSURE[kind](ddp.parameters())
+    frozen, live, swings, frontiers = set(), [], set(), []
+    early = ddp.module.blocks[0].conv.weight
+    for step in range(18):
+        step_by_closure(ddp, optimizer, rank, step, by_name=by_name)
+        frontiers.append(ddp.freezing.frontier)
+        live.append(digest({"head": ddp.module.head.weight.detach()}))
+        if ddp.freezing.frontier:
+            frozen.add(digest(frozen_part(ddp)))
+            swings.add(digest({k: v for k, v in optimizer.state[early].items() if k == "swing"}))
+    return frontiers, len(frozen), len(set(live)), len(swings), [m for m in messages if "moves parameters" in m]
+
+
+@pytest.mark.parametrize(("kind", "by_name"), [("swings_on", False), ("swings_on", True), ("lbfgs", False)])
+def test_nothing_frozen_moves_in_a_step_whose_closure_runs_the_forward(run_ranks, kind, by_name):
+    ((frontiers, frozen, live, swings, movers),) = run_ranks(1, by_closure, kind, by_name)
+    assert set(frontiers) == {0, 3}
+    assert (frozen, live, swings) == (1, 18, 1)
+    if kind != "lbfgs":  # that one keeps a list of its own
+        assert movers == [], "the step went on with all parameters"
+
+
+def by_depth(net):
+    front = [*net.stem.parameters(), *net.blocks[:2].parameters()]
+    return [{"params": front}, {"params": [*net.blocks[2:].parameters(), *net.head.parameters()]}]
+
+
+def zero_by_depth(rank, world, views):
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(3, 2), (9, 0)]), interval=3)
+    optimizer = ZeroRedundancyOptimizer(
+        by_depth(ddp.module), torch.optim.AdamW, lr=1e-2, weight_decay=0.1, parameters_as_bucket_view=views
+    )
+    frontiers, frozen = [], set()
+    for step in range(14):
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        frontiers.append(ddp.freezing.frontier)
+        if ddp.freezing.frontier:
+            frozen.add(digest(frozen_part(ddp)))
+            before_lift = ddp.module.blocks[0].conv.weight.detach().clone()
+    lifted = not torch.equal(before_lift, ddp.module.blocks[0].conv.weight)
+    return frontiers, frozen, lifted, digest({n: p.detach() for n, p in ddp.module.named_parameters()})
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_sharded_optimizer_whose_groups_go_by_depth_steps_on_when_one_is_frozen(run_ranks, views):
+    ours, theirs = run_ranks(2, zero_by_depth, views)
+    assert ours == theirs
+    frontiers, frozen, lifted, _ = ours
+    assert set(frontiers) == {0, 2}
+    assert len(frozen) == 1
+    assert lifted
+
+
+def scheduler_in_a_hook(rank, world):
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(3, 2)]), interval=3)
+    optimizer = torch.optim.SGD(by_depth(ddp.module), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    train(ddp, optimizer, rank=rank, steps=range(9))
+    return ddp.freezing.frontier, [group["lr"] for group in optimizer.param_groups]
+
+
+def test_a_scheduler_that_a_hook_of_the_step_calls_sees_all_groups(run_ranks):
+    assert run_ranks(1, scheduler_in_a_hook) == [(2, [pytest.approx(0.1 / 10)] * 2)]

@@ -71,6 +71,38 @@ def test_torchs_encoder_with_a_padding_mask_trains_on_behind_a_frozen_layer(run_
     assert {(2, False), (0, True)} == set(seen)
 
 
+class WithScripted(SmallResNet):
+    """Takes no hooks in its stem, nor in its second block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.jit.script(self.stem)
+        self.blocks[1] = torch.jit.script(self.blocks[1])
+
+
+def scripted(rank, world, make):
+    torch.manual_seed(0)
+    ddp = FreezeAwareDDP(make(), policy=Replay([(1, 1), (4, 2), (7, 4), (10, 0)]), interval=3)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    frontiers, without = [], set()
+    for step in range(15):
+        descend(ddp, optimizer, *image_batch(step, rank))
+        frontiers.append(ddp.freezing.frontier)
+        without |= {n for n, p in ddp.module.named_parameters() if p.requires_grad and p.grad is None}
+    return set(frontiers), without, [b.name for b in ddp.freezing.blocks.blocks], ddp.module.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["parts", "whole"])
+def test_a_model_with_parts_in_torchscript_trains_on(run_ranks, kind):
+    make = WithScripted if kind == "parts" else lambda: torch.jit.script(SmallResNet())
+    (frontiers, without, names, ours), (*_, theirs) = run_ranks(2, scripted, make)
+    assert without == set()
+    assert all(torch.equal(t, theirs[n]) for n, t in ours.items() if "running" not in n and "batches" not in n)
+    if kind == "parts":
+        assert frontiers == {0, 1, 2, 4}
+        assert names == ["blocks.0", "blocks.2", "blocks.3", "blocks.1", "head"], "what was not seen to run comes last"
+
+
 def frozen_tail(rank, world):
     """The user froze all behind block 1; the policy would freeze three."""
     torch.manual_seed(0)
