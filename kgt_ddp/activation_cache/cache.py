@@ -75,6 +75,8 @@ class ActivationCache:
         self._frontier = 0
         """At the last forward."""
         self._compiled = False
+        self._began_again = False
+        """Whether the current cut's gate was opened once more, see `_begin_again`."""
         self._said: tuple[Any, ...] = ()
         self._ids: Sequence[int] | None = None
         self._repeats = RepeatWatch(_world_size(ddp))
@@ -143,6 +145,8 @@ class ActivationCache:
                 gate=self._gate(),
                 compiled=self._compiled,
             )
+            self._began_again = False
+        self._begin_again()
         return self._session
 
     def _stays(self, session: Session, frontier: int) -> bool:
@@ -163,13 +167,29 @@ class ActivationCache:
         """One for a new frontier, which knows what was seen of the data until now; None where nothing shall stop it."""
         if self.options.mode != "auto":
             return None
-        repeats, patience = self._repeats, self.options.patience
-        if repeats.period is not None:
-            patience = max(patience, int(1.5 * repeats.period))
-        gate = Gate(patience, repeating=repeats.share)
+        repeats = self._repeats
+        gate = Gate(self._patience(), repeating=repeats.share)
         if repeats.in_vain(self.options.patience):
             gate.give_up(f"of the last samples {repeats.share:.0%} had come before, in {repeats.num_samples:,}")
         return gate
+
+    def _patience(self) -> int:
+        """An epoch and a half, where something is known of it."""
+        period = self._repeats.period
+        if period is None:
+            return self.options.patience
+        # Just behind the first epoch what came again is what came late in it: the mean is too small.
+        return max(self.options.patience, int(1.5 * max(period, self._repeats.epoch or 0)))
+
+    def _begin_again(self) -> None:
+        """Once a cut, if its gate was closed for lack of hits in a long first epoch and samples come again since. Tries would
+        find only what was written before it was closed."""
+        session, repeats = self._session, self._repeats
+        if session is None or self._began_again or session.state != "closed" or not session.gate.in_vain:
+            return
+        if repeats.period is not None and not repeats.in_vain(0):
+            self._began_again = True
+            session.gate.begin_again(self._patience(), repeating=repeats.share, reason="samples come again by now")
 
     def _failed(self, error: Exception) -> None:
         self.off = f"{type(error).__name__}: {error}"
@@ -212,8 +232,8 @@ class ActivationCache:
 
     @property
     def watching(self) -> bool:
-        """Whether there is a frozen prefix whose outputs may be kept."""
-        return self.off is None and self._session is not None
+        """Whether there is a frozen prefix whose outputs may be kept just now."""
+        return self.off is None and self._session is not None and self._session.state not in ("refused", "closed")
 
     # ---- totals -----------------------------------------------------------------------------------------------------
 

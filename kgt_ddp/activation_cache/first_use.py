@@ -1,6 +1,6 @@
 """Before a frontier is used: run the model both ways and compare, and learn what the short circuit needs.
 
-One batch answers, in this order:
+One batch answers for the form of its call (`key`), in this order:
 
 1. does the prefix compute the same twice, without random numbers, and each sample for itself, in whatever company?
    Text: also padded to another length;
@@ -9,7 +9,7 @@ One batch answers, in this order:
    (a target embedding, say), a unit makes the frontier uncacheable, and the objection names it;
 3. which of the arguments that are named like labels leave the prefix alone? Those stay out of the keys.
 
-All runs are side runs (`side_run`), without collectives; they cost about four steps, once a frontier.
+All runs are side runs (`side_run`), without collectives; they cost about four steps, once a frontier and form.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from kgt_ddp.activation_cache.key import Batch, Keys
 from kgt_ddp.activation_cache.outputs import Outline, UnsupportedOutputError, map_tensors, poisoned
 from kgt_ddp.activation_cache.prefix import Prefix
 from kgt_ddp.activation_cache.record import Codec, segments
+from kgt_ddp.activation_cache.shapes import ShapeRule
 from kgt_ddp.activation_cache.short_circuit import Replacement, captured, replaced, stopped_at
-from kgt_ddp.activation_cache.side_run import Outcome, close, on_the_side, outcome
+from kgt_ddp.activation_cache.side_run import Outcome, close, on_the_side, outcome, random_states
 
 _LABELS = ("label", "target", "decoder_")
 
@@ -54,42 +55,53 @@ class Route:
     """What each skipped module returns, call by call; the frontier unit is not among them."""
     padding_seen: bool
     """Whether the check saw padding. Without, the first padded batch is checked again."""
+    num_calls: dict[nn.Module, ShapeRule]
+    """How often each is called: as a shape of one dimension, it may follow from the number of frames, say."""
     excluded: set[str] = field(default_factory=set)
 
     def predictable(self, batch: Batch) -> bool:
         return self.codec.knows_shared(batch) and all(
-            outline.predictable(batch.dims) for outlines in self.outlines.values() for outline in outlines
+            self.num_calls[module].predict(batch.dims) == (len(outlines),)
+            and all(outline.predictable(batch.dims) for outline in outlines)
+            for module, outlines in self.outlines.items()
         )
 
     @contextmanager
     def learning(self, batch: Batch) -> Iterator[None]:
         """Around a forward that computes: if shapes for such a batch are unknown, learn them."""
-        with ExitStack() as stack:
-            if not self.predictable(batch):
-                for module, outlines in self.outlines.items():
-                    stack.enter_context(captured(module, _observer(outlines, batch)))
+        if self.predictable(batch):
             yield
+            return
+        seen: dict[nn.Module, list[Any]] = {module: [] for module in self.outlines}
+
+        def observer(outlines: list[Outline], calls: list[Any]) -> Callable[[Any], None]:
+            def observe(output: Any) -> None:
+                calls.append(None)
+                if len(calls) <= len(outlines):
+                    outlines[len(calls) - 1].observe(output, batch.dims)
+
+            return observe
+
+        with ExitStack() as stack:
+            for module, outlines in self.outlines.items():
+                stack.enter_context(captured(module, observer(outlines, seen[module])))
+            yield
+        for module, calls in seen.items():
+            self.num_calls[module].observe(batch.dims, (len(calls),))
 
     def table(self, unit: nn.Module, value: Any, batch: Batch) -> Mapping[nn.Module, Replacement]:
         """What to replace so that the frontier unit returns `value`."""
 
-        def stand_in(outlines: list[Outline]) -> Replacement:
-            return lambda call, args, kwargs: outlines[call].stand_in(batch.dims)
+        def stand_in(compute: Callable[..., Any], outlines: list[Outline]) -> Replacement:
+            def forward(call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                # Nobody knows what one call more would return, and computing is always right.
+                return outlines[call].stand_in(batch.dims) if call < len(outlines) else compute(*args, **kwargs)
 
-        found: dict[nn.Module, Replacement] = {module: stand_in(o) for module, o in self.outlines.items()}
+            return forward
+
+        found: dict[nn.Module, Replacement] = {m: stand_in(m.forward, o) for m, o in self.outlines.items()}
         found[unit] = lambda call, args, kwargs: value
         return found
-
-
-def _observer(outlines: list[Outline], batch: Batch) -> Callable[[Any], None]:
-    calls = iter(outlines)
-
-    def observe(output: Any) -> None:
-        outline = next(calls, None)
-        if outline is not None:
-            outline.observe(output, batch.dims)
-
-    return observe
 
 
 def first_use(model: nn.Module, prefix: Prefix, keys: Keys, batch: Batch, *, compact: bool) -> Route:
@@ -120,9 +132,7 @@ class _Check:
         assert prefix.unit is not None, "Prefix.objection() comes first"
         self._model, self._prefix, self._keys, self._batch = model, prefix, keys, batch
         self._unit = prefix.unit
-        device = next(model.parameters()).device
-        self._args, self._kwargs = batch.arguments(lambda _, t: t.to(device))
-        self._device = device
+        self._device = next(model.parameters()).device
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._outputs: dict[nn.Module, list[Any]] = {}
         self._watching = False
@@ -143,7 +153,11 @@ class _Check:
         skipped = self._both_ways(plain, exact, value)
         codec = Codec(value, self._batch, compact=compact)
         codec.remember_shared(value, self._batch)
-        return Route(codec, self._outlines(skipped), self._batch.padded, self._independent_arguments(value))
+        outlines = self._outlines(skipped)
+        num_calls = {module: ShapeRule() for module in outlines}
+        for module, rule in num_calls.items():
+            rule.observe(self._batch.dims, (len(outlines[module]),))
+        return Route(codec, outlines, self._batch.padded, num_calls, self._independent_arguments(value))
 
     # ---- 1: the prefix for itself -----------------------------------------------------------------------------------
 
@@ -170,18 +184,20 @@ class _Check:
 
         return forward
 
-    def _run(self, args: Any = None, kwargs: Any = None) -> Any:
-        return self._model(*(self._args if args is None else args), **(self._kwargs if kwargs is None else kwargs))
+    def _run(self, arguments: Any = None) -> Any:
+        args, kwargs = self._batch.own(self._batch.arguments() if arguments is None else arguments, self._device)
+        return self._model(*args, **kwargs)
 
-    def _frontier_output(self, args: Any = None, kwargs: Any = None) -> Any:
+    def _frontier_output(self, arguments: Any = None) -> Any:
         with torch.no_grad():
-            return stopped_at(self._unit, lambda: self._run(args, kwargs))
+            return stopped_at(self._unit, lambda: self._run(arguments))
 
     def _prefix_repeats(self, value: Any) -> None:
         torch.manual_seed(1)
-        state = torch.random.get_rng_state()
+        before = random_states(self._device)
         again = self._frontier_output()
-        if not torch.equal(state, torch.random.get_rng_state()) or not _all_close(value, again):
+        drawn = any(not torch.equal(a, b) for a, b in zip(before, random_states(self._device), strict=True))
+        if drawn or not _all_close(value, again):
             raise ObjectionError(f"blocks up to {self._prefix.blocks[-1].name} compute with random numbers")
 
     def _samples_are_independent(self, codec: Codec, value: Any) -> None:
@@ -197,10 +213,9 @@ class _Check:
                 raise PaddingObjectionError(str(error)) from error
 
     def _compare_rows(self, codec: Codec, value: Any, rows: list[int], length: int | None) -> None:
-        args, kwargs = self._batch.select(rows, length)
-        part = self._keys.batch(args, kwargs)
-        args, kwargs = part.arguments(lambda _, t: t.to(self._device))
-        output = self._frontier_output(args, kwargs)
+        arguments = self._batch.select(rows, length)
+        part = self._keys.batch(*arguments)
+        output = self._frontier_output(arguments)
         whole, some = codec.samples(value, self._batch), codec.samples(output, part)
         alone = f"in block {self._prefix.blocks[-1].name} a sample depends on the rest of its batch"
         if whole is None or some is None or list(part.keys) != [self._batch.keys[r] for r in rows]:
@@ -275,10 +290,8 @@ class _Check:
         for name, leaf, row in zip(self._batch.names, self._batch.leaves, self._batch.rows, strict=True):
             if not row or not name.split(".")[-1].startswith(_LABELS) or torch.equal(leaf, leaf.roll(1, 0)):
                 continue
-            args, kwargs = self._batch.arguments(
-                lambda n, t, name=name: (t.roll(1, 0) if n == name else t).to(self._device)
-            )
-            if _all_close(value, self._frontier_output(args, kwargs)):
+            arguments = self._batch.arguments(lambda n, t, name=name: t.roll(1, 0) if n == name else t)
+            if _all_close(value, self._frontier_output(arguments)):
                 found.add(name)
         return found
 

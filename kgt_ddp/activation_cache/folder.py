@@ -6,7 +6,8 @@ jobs, may race, and one of them wins. A file in use is held by a shared `flock`,
 
 The budget is for all files of the directory together. Room for a new one is made by deleting files that nobody holds,
 longest unused first. Files are sparse: a disk block is taken when a record is written, and writing ends while the disk
-still has a reserve. Nothing but files of ours is ever deleted or truncated.
+still has a reserve. Nothing but files of ours is ever deleted or truncated, and only by who holds it alone. A name may come to
+mean another file between its opening and its lock: what was deleted meanwhile has no link any more.
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ class CacheFolder:
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _open(self, path: Path, digest: str, slot_bytes: int) -> tuple[Table, bool]:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.path.stat().st_uid != os.getuid():
+            raise PermissionError(1, f"{self.path} belongs to another user")
         if not path.exists():
             self._create(path, digest, slot_bytes)
         writable = True
@@ -126,8 +130,14 @@ class CacheFolder:
             raise
 
     def _adopt(self, fd: int, path: Path, digest: str, writable: bool) -> Table:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise ForeignFileError("it is not a regular file")
+        if status.st_uid != os.getuid():
+            raise ForeignFileError("it belongs to another user")
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not os.fstat(fd).st_nlink:
+            raise FileNotFoundError(2, f"{path} was deleted while it was opened")
         fields = read_header(os.pread(fd, HEADER_BYTES, 0))
         if fields["digest"] != digest:
             raise ForeignFileError("it belongs to another model, or to other weights")
@@ -136,27 +146,24 @@ class CacheFolder:
             logger.warning("activation cache: %s was cut short; what is missing is computed again", path)
             if writable:
                 os.ftruncate(fd, table.capacity_bytes)
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         with contextlib.suppress(OSError):
             os.utime(fd)
         return table
 
     def _create(self, path: Path, digest: str, slot_bytes: int) -> None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.path.stat().st_uid != os.getuid():
-            raise PermissionError(1, f"{self.path} belongs to another user")
         num_slots = (self._room() - HEADER_BYTES) // stride_of(slot_bytes)
         if num_slots < _MIN_SLOTS:
             raise OSError(28, f"no room in a budget of {self.budget():,} bytes for records of {slot_bytes:,} bytes")
         fd, temporary = tempfile.mkstemp(prefix=".new-", suffix=SUFFIX, dir=self.path)
         try:
+            fcntl.flock(fd, fcntl.LOCK_SH)  # or whoever needs room deletes it, and what it was linked to is emptied
             os.write(fd, header(digest, slot_bytes, num_slots))
             os.ftruncate(fd, HEADER_BYTES + num_slots * stride_of(slot_bytes))
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
         finally:
-            os.close(fd)
             os.unlink(temporary)
+            os.close(fd)
 
     def _room(self) -> int:
         """Bytes for a new file, after deleting what nobody uses."""
@@ -189,8 +196,12 @@ class CacheFolder:
             if os.pread(fd, len(MAGIC), 0) != MAGIC:
                 return False
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            num_names = os.fstat(fd).st_nlink
+            if not num_names:
+                return True  # somebody was faster, and the name may be another file's by now
             os.unlink(path)
-            os.ftruncate(fd, 0)
+            if num_names == 1:  # a creation that was killed left it two
+                os.ftruncate(fd, 0)
             return True
         except BlockingIOError:
             return False

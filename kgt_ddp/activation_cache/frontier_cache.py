@@ -3,7 +3,8 @@
 A batch is *full* (every sample was found: the prefix does not run), *partial* (at least `WORTH_JOINING` were found: the
 prefix runs for the others), or *computed* (it runs as ever, and what was not there is written). Of every
 `SPOT_CHECK_EVERY`th batch with hits these are computed as well and compared; `wrong` then says what does not agree. A
-model that goes past what it is to be given, or is compiled meanwhile, computes as ever; `bypassed` then says so.
+model that goes past what it is to be given, asks for it twice, or is compiled meanwhile, computes as ever; `bypassed` then
+says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.activation_cache.arrival import Arrival
@@ -61,7 +61,6 @@ class FrontierCache:
         self,
         model: nn.Module,
         prefix: Prefix,
-        route: Route,
         table: Table,
         writer: Writer | None,
         *,
@@ -74,18 +73,26 @@ class FrontierCache:
         self.wrong: str | None = None
         self.bypassed: str | None = None
         self._model, self._prefix, self._unit = model, prefix, prefix.unit
-        self._route, self._table, self._writer = route, table, writer
+        self._table, self._writer = table, writer
+        self._route: Route
         self._gate, self._prefetch, self._counters = gate, prefetch, counters
         self._tolerance = tolerance
         self._until_spot_check = 1
         self.finds = False
         self.num_looked_up = 0
-        self._offers = Offers(model, partial(route.table, self._unit), table.digest, counters)
+        self._offers = Offers(model, table.digest, counters)
         self._last = time.perf_counter()
 
     @contextmanager
-    def forward(self, batch: Batch, *, key_s: float, arrival: Arrival | None = None) -> Iterator[None]:
-        """Around one forward. `key_s`: what hashing the batch took. `arrival`: which samples were not decoded."""
+    def forward(self, batch: Batch, route: Route, *, key_s: float, arrival: Arrival | None = None) -> Iterator[None]:
+        """Around one forward.
+
+        Args:
+            route: of the form of this call; records are alike for all forms.
+            key_s: what hashing the batch took.
+            arrival: which samples were not decoded.
+        """
+        self._route = route
         spent = Spent(samples=batch.size, lookup_s=key_s)
         value, found, spent = self._look_up(batch, spent, arrival)
         hits = int(found.sum())
@@ -99,9 +106,9 @@ class FrontierCache:
             if value is None:
                 batch = arrival.restore(batch)
             else:
-                self._offers.make(arrival, batch, value)
+                self._offers.make(arrival, batch, value, partial(route.table, self._unit))
         if value is not None:
-            spent = replace(spent, hits=hits, undecoded=self._undecoded(arrival, hits))
+            spent = replace(spent, hits=hits, undecoded=self._undecoded(arrival, batch, hits))
             self._counters.forward_saved_s += hits * self._gate.compute_s_per_sample
             with self._giving(value, batch, arrival):
                 yield
@@ -157,9 +164,10 @@ class FrontierCache:
             return None, found, spent  # a record that was there a moment ago: rare, so all of the batch is computed
         if found.all():
             self._counters.full_batches += 1
-        else:
+        elif self._compute_missing(tensors, batch, np.flatnonzero(~found).tolist()):
             self._counters.partial_batches += 1
-            self._compute_missing(tensors, batch, np.flatnonzero(~found).tolist())
+        else:
+            return None, found, spent
         started = time.perf_counter()
         value = ahead.output if ahead is not None and ahead.output is not None else codec.output(tensors, batch)
         return value, found, replace(spent, read_s=time.perf_counter() - started)
@@ -172,20 +180,21 @@ class FrontierCache:
             return np.zeros(batch.size, bool)
         return np.array(there + [self._table.has(key) for key in batch.keys[GLANCE:]])
 
-    def _compute_missing(self, tensors: list[torch.Tensor], batch: Batch, missing: list[int]) -> None:
-        """Run the prefix for some samples and put their records among those that were read."""
+    def _compute_missing(self, tensors: list[torch.Tensor], batch: Batch, missing: list[int]) -> bool:
+        """Run the prefix for some samples and put their records among those that were read, if they are of one kind."""
         part = batch.subset(missing)
         rows = self._route.codec.rows(self._prefix_output(batch, missing), part)
-        assert rows is not None, "the first use has shown that samples are independent"
+        if rows is None:
+            return False
         for data, tensor in zip(rows, tensors, strict=True):
             tensor.view(batch.size, -1).view(torch.uint8).numpy()[missing] = data
         self._write(rows, part, np.zeros(part.size, bool))
+        return True
 
     def _prefix_output(self, batch: Batch, index: list[int] | None = None) -> Any:
         """The frontier unit's output for these samples of a batch, or for all."""
         device = next(self._model.parameters()).device
-        args, kwargs = batch.arguments() if index is None else batch.select(index)
-        args, kwargs = tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        args, kwargs = batch.own(batch.arguments() if index is None else batch.select(index), device)
         started = now()
         with torch.no_grad():
             output = stopped_at(self._unit, lambda: self._model(*args, **kwargs))
@@ -194,8 +203,9 @@ class FrontierCache:
 
     @contextmanager
     def _giving(self, value: Any, batch: Batch, arrival: Arrival | None) -> Iterator[None]:
-        """Around a forward whose frontier unit returns `value`. If it ends without a call of that unit, it is run again, with
-        nothing replaced: layers behind the frontier have then counted one more batch in their running statistics."""
+        """Around a forward whose frontier unit returns `value`. If it ends without a call of that unit, or with several, it is
+        run again, with nothing replaced: layers behind the frontier have then counted one more batch in their running
+        statistics."""
         calls: list[bool] = []
         past: list[bool] = []
 
@@ -210,9 +220,10 @@ class FrontierCache:
         def twice_if_past(compute: Callable[..., Any]) -> Replacement:
             def forward(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 output = compute(*args, **kwargs)
-                if calls:
+                if len(calls) == 1:
                     return output
                 past.append(True)
+                self.bypassed = self._calls(len(calls))
                 if arrival is not None:
                     arrival.fill()
                 return compute(*args, **kwargs)
@@ -225,16 +236,26 @@ class FrontierCache:
             | {self._model: twice_if_past(self._model.forward)}
         ):
             yield
-        if past:
-            self.bypassed = f"block {self._prefix.blocks[-1].name} is not called as modules are any more"
-        elif any(calls):
+        if any(calls) and not past:
             self.bypassed = COMPILED
+
+    def _calls(self, num: int) -> str:
+        """What speaks against so many calls of the frontier unit in a forward."""
+        how = f"is called {num} times in a forward" if num else "is not called as modules are any more"
+        return f"block {self._prefix.blocks[-1].name} {how}"
 
     # ---- computing and writing --------------------------------------------------------------------------------------
 
     @contextmanager
     def _computing(self, batch: Batch, found: np.ndarray, write_s: list[float]) -> Iterator[None]:
+        calls = 0
+
         def keep(seconds: float, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self.bypassed = self._calls(calls)
+                return
             self._gate.computed(batch.size, seconds)
             started = time.perf_counter()
             self._route.codec.remember_shared(output, batch)
@@ -272,7 +293,7 @@ class FrontierCache:
         computed, ours = codec.samples(self._prefix_output(batch), batch), codec.samples(value, batch)
         assert ours is not None
         if computed is None or not all(
-            close(c, o, self._tolerance)
+            close(c, o, self._tolerance, on_average=True)
             for row in np.flatnonzero(found)
             for c, o in zip(computed[row], ours[row], strict=True)
         ):
@@ -280,9 +301,9 @@ class FrontierCache:
         self._counters.check_s += time.perf_counter() - started
         return self.wrong is not None
 
-    def _undecoded(self, arrival: Arrival | None, hits: int) -> int:
+    def _undecoded(self, arrival: Arrival | None, batch: Batch, hits: int) -> int:
         """How many of the hits need not be decoded, by this rank."""
-        if arrival is None or not self._offers.may_cover(arrival):
+        if arrival is None or not self._offers.may_cover(arrival, batch):
             self._gate.decodes(0.0)
             return 0
         self._gate.decodes(arrival.ids.decode_s_per_sample)

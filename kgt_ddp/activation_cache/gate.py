@@ -7,7 +7,8 @@ States, of one frontier: *trying* -> *open* or *closed*; open -> closed; closed 
 - Open: a window of batches had hits, and they saved more than looking up, reading and writing cost. Two windows in a row
   that lost close it.
 - Closed: nothing is hashed, read or written. After `PAUSE` batches, doubling each time, a short try of `RETRY` batches asks
-  again: its cost is bounded by their ratio.
+  again: its cost is bounded by their ratio. A try finds only what was written before, so after a long first epoch it says
+  little: `begin_again` is for when it is known from elsewhere that samples come again.
 
 Before any of this, `predict` compares one read with one computation: where reading a record is likely to take longer than
 computing it (a shallow prefix with wide outputs), the frontier stays closed without a try.
@@ -60,20 +61,29 @@ class Gate:
     """
 
     def __init__(self, patience: int = PATIENCE, *, repeating: float = 0.0) -> None:
-        self.state = "trying"
-        self.reason = ""
+        self.state: str
+        self.reason: str
         """Of the last change of state, for people."""
-        self._patience = patience
-        self._hope = max(HOPE, repeating / 2)
+        self._dear = False
         self._compute_s = 0.0
         self._computed = 0
         self._decode_s = 0.0
         self._looked_up = 0
         self._window: list[Spent] = []
         self._losses = 0
-        self._pause = PAUSE
-        self._batches_closed = 0
-        self._retrying = False
+        self.begin_again(patience, repeating=repeating, reason="")
+
+    def begin_again(self, patience: int, *, repeating: float, reason: str) -> None:
+        """Try as if nothing had been tried yet; what computing takes is still known. Arguments as above."""
+        self.state, self.reason = "trying", reason
+        self._patience = patience
+        self._hope = max(HOPE, repeating / 2)
+        self._pause, self._batches_closed, self._retrying = PAUSE, 0, False
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether it is closed, and for lack of hits alone: not for what they would cost."""
+        return self.state == "closed" and not self._dear
 
     @property
     def compute_s_per_sample(self) -> float:
@@ -97,7 +107,8 @@ class Gate:
         if self._computed and read_s_per_sample > MARGIN * saved_s:
             self._close(
                 f"reading a sample would take {read_s_per_sample * 1e6:.0f} us, "
-                f"{'decoding and ' if self._decode_s else ''}computing it takes {saved_s * 1e6:.0f} us"
+                f"{'decoding and ' if self._decode_s else ''}computing it takes {saved_s * 1e6:.0f} us",
+                dear=True,
             )
 
     def give_up(self, reason: str) -> None:
@@ -136,17 +147,17 @@ class Gate:
         if rate >= LOW_HIT_RATE:
             self._looked_up = 0
         if rate >= LOW_HIT_RATE and saved > cost:
-            self.state, self._losses, self._pause = "open", 0, PAUSE
+            self.state, self._losses, self._pause, self._dear = "open", 0, PAUSE, False
             self.reason = f"{rate:.0%} hits save {saved / len(window):.2g} s a batch, for {cost / len(window):.2g} s"
             return
         if retrying:
-            self._close(f"{rate:.1%} hits in a short try")
+            self._close(f"{rate:.1%} hits in a short try", dear=rate >= LOW_HIT_RATE)
         elif rate < LOW_HIT_RATE and self._looked_up >= self._patience:
             self._close(f"{rate:.1%} hits after {self._looked_up:,} samples")
         elif cost > self._allowance(wall, samples) + saved:
             self._losses += 1
             if self._losses >= 2:
-                self._close(f"{rate:.1%} hits; the cache costs {cost / max(wall, 1e-9):.1%} of the time")
+                self._close(f"{rate:.1%} hits; the cache costs {cost / max(wall, 1e-9):.1%} of the time", dear=True)
         else:
             self._losses = 0
 
@@ -154,7 +165,8 @@ class Gate:
         """Seconds that a window may cost while hits are still to come: a part of what they would save, at least."""
         return max(TRIAL_SHARE * wall, self._hope * samples * (self.compute_s_per_sample + self._decode_s))
 
-    def _close(self, reason: str) -> None:
+    def _close(self, reason: str, *, dear: bool = False) -> None:
         self.state, self.reason = "closed", reason
+        self._dear = self._dear or dear  # until hits open it: a short try without hits says nothing of costs
         self._losses = self._looked_up = 0
         self._window = []

@@ -4,6 +4,10 @@ A batch's arguments are flattened. Tensors whose first dimension is the batch's 
 everything else (flags, numbers, text, tensors without a batch dimension, autocast) is common to the batch and part of each
 key. What cannot be hashed makes the batch unkeyable: it goes uncached.
 
+The *form* of a call is all that may decide which way the model goes: structure, flags and plain values, types and numbers of
+dimensions, tensors without a batch dimension, autocast. What is proved of a model is proved of one form. Sizes are no part of
+it: texts of another length go the same way.
+
 Text: an `attention_mask` of shape (batch, length) with ones in front and zeros behind marks padding. Tensors of shape
 (batch, length, …) are then hashed up to the sample's length, so that the same text has the same key whatever it is
 padded to. A tensor is cut this way only if what is cut off is one constant, always the same; otherwise it is hashed whole.
@@ -20,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_map, tree_unflatten
 
 KEY_BYTES = 16
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -39,7 +43,9 @@ class Batch:
     keys: Sequence[bytes]
     """One a sample, 16 bytes each."""
     common: bytes
-    """Hash of everything that all samples share: structure, flags, shapes but for padding."""
+    """Hash of everything that all samples share: form, and shapes but for padding."""
+    form: bytes
+    """Hash of the form of the call; see the module docstring."""
     dims: tuple[int, ...]
     """Sizes of all tensors one behind the other: what shapes inside the model can depend on."""
     lengths: np.ndarray | None
@@ -76,6 +82,15 @@ class Batch:
 
         return self.arguments(change)
 
+    def own(self, arguments: Any, device: torch.device) -> Any:
+        """`arguments`, as the methods above give them, on a device as DDP puts them there. Nothing in them is the caller's:
+        the model may write into what it is given."""
+        callers = {id(leaf) for leaf in self.leaves}
+        return tree_map(
+            lambda leaf: leaf.to(device, copy=id(leaf) in callers) if isinstance(leaf, torch.Tensor) else leaf,
+            arguments,
+        )
+
     def subset(self, index: Sequence[int]) -> Batch:
         """The same of some samples only; its arguments stay those of the whole batch."""
         lengths = None if self.lengths is None else self.lengths[list(index)]
@@ -86,7 +101,7 @@ class Keys:
     """Makes batches of arguments; remembers what padding looks like.
 
     Attributes:
-        excluded: names of arguments that the frozen prefix was shown not to depend on.
+        excluded: names of arguments by sample that the frozen prefix was shown not to depend on.
     """
 
     def __init__(self) -> None:
@@ -112,29 +127,32 @@ class Keys:
         trims = lengths is not None
         if lengths is None and (padded := _whole_length(leaves, rows)):
             lengths = np.full(size, padded)
-        common = xxhash.xxh3_128(f"{spec}{_autocast(leaves)}{trims}".encode())
+        kinds = [
+            f"{name}:{leaf.dtype}{leaf.dim()}" if row else f"{name}={_plain(name, leaf)}"
+            for name, leaf, row in zip(names, leaves, rows, strict=True)
+        ]
+        form = xxhash.xxh3_128_digest(f"{spec}{_autocast(leaves)}{kinds}".encode())
+        common = xxhash.xxh3_128(form + bytes([trims]))
         columns: list[tuple[np.ndarray, int]] = []
         cuts: set[str] = set()
         dims: list[int] = []
         for name, leaf, row in zip(names, leaves, rows, strict=True):
             if isinstance(leaf, torch.Tensor):
                 dims += leaf.shape
-            if name in self.excluded:
-                continue
-            if not row:
-                common.update(f"{name}={_plain(name, leaf)}".encode())
+            if not row or name in self.excluded:
                 continue
             data = _bytes_of(name, leaf)
             cut = trims and lengths is not None and self._cuts(name, leaf, lengths, padded)
             if cut:
                 cuts.add(name)
-            common.update(f"{name}:{leaf.dtype}{tuple(leaf.shape[2 if cut else 1 :])}{cut}".encode())
+            common.update(f"{name}:{tuple(leaf.shape[2 if cut else 1 :])}{cut}".encode())
             columns.append((data, data.shape[1] // padded if cut else 0))
         seed = common.digest()
         return Batch(
             size=size,
             keys=[_row_key(seed, columns, i, lengths) for i in range(size)],
             common=seed,
+            form=form,
             dims=tuple(dims),
             lengths=lengths,
             padded_length=padded,

@@ -35,42 +35,44 @@ class Offers:
         digest: names the table of the records; workers look there.
     """
 
-    def __init__(self, model: nn.Module, instead: Instead, digest: str, counters: Counters) -> None:
-        self._model, self._instead = model, instead
+    def __init__(self, model: nn.Module, digest: str, counters: Counters) -> None:
+        self._model = model
         self._digest, self._counters = digest, counters
-        self._ignored: dict[SampleIds, bool] = {}
+        self._ignored: dict[tuple[SampleIds, bytes], bool] = {}
+        """By data set and form of the call."""
 
-    def make(self, arrival: Arrival, batch: Batch, value: Any) -> None:
+    def make(self, arrival: Arrival, batch: Batch, value: Any, instead: Instead) -> None:
         """Offer to the data set of a batch, whose output of the frontier unit is `value`, if it may be offered."""
         ids = arrival.ids
         if ids.dropped or not ids.proven or arrival.waiting or not arrival.entered:
             return
-        if ids not in self._ignored:
-            self._ignored[ids] = self._ignores(arrival.leaves, batch, value)
-            if not self._ignored[ids]:
+        asked = (ids, batch.form)
+        if asked not in self._ignored:
+            self._ignored[asked] = self._ignores(arrival.leaves, batch, value, instead)
+            if not self._ignored[asked]:
                 logger.warning(
                     "activation cache: all samples are decoded: the model reads them from behind the frontier"
                 )
-        if self._ignored[ids]:
+        if self._ignored[asked]:
             ids.publish(self._digest)
 
-    def may_cover(self, arrival: Arrival) -> bool:
+    def may_cover(self, arrival: Arrival, batch: Batch) -> bool:
         """Whether samples of this data set need not be decoded, from the time on when its ids are proven."""
-        return arrival.may_be_left_out and self._ignored.get(arrival.ids, True)
+        return arrival.may_be_left_out and self._ignored.get((arrival.ids, batch.form), True)
 
     def withdraw(self) -> None:
-        for ids in self._ignored:
+        for ids, _ in self._ignored:
             ids.withdraw()
 
-    def _ignores(self, leaves: Sequence[torch.Tensor], batch: Batch, value: Any) -> bool:
+    def _ignores(self, leaves: Sequence[torch.Tensor], batch: Batch, value: Any, instead: Instead) -> bool:
         """Whether the model's outcome is the same with NaN in the input, if the frontier unit returns `value`."""
         device = next(self._model.parameters()).device
         parameters = [p for p in self._model.parameters() if p.requires_grad]
 
         def run(change: Callable[[torch.Tensor], torch.Tensor]) -> Outcome:
-            args, kwargs = batch.arguments(lambda _, t: change(t) if any(t is leaf for leaf in leaves) else t)
-            args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
-            with replaced(self._instead(map_tensors(torch.Tensor.clone, value), batch)):
+            arguments = batch.arguments(lambda _, t: change(t) if any(t is leaf for leaf in leaves) else t)
+            args, kwargs = batch.own(arguments, device)
+            with replaced(instead(map_tensors(torch.Tensor.clone, value), batch)):
                 return outcome(lambda: self._model(*args, **kwargs), parameters)
 
         started = time.perf_counter()

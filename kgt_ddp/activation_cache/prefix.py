@@ -22,7 +22,8 @@ from torch import nn
 from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.blocks import Block, Blocks
 
-FORMAT = 1
+FORMAT = 2
+"""Counted up when keys or records are made in another way."""
 COMPILED = "the model is compiled"
 _OUR_HOOKS = "kgt_ddp."
 _EDGE = "kgt_ddp.prefix_edge"

@@ -19,6 +19,7 @@ from kgt_ddp.activation_cache.key import Batch
 from kgt_ddp.activation_cache.outputs import UnsupportedOutputError
 
 _SHARED_KEPT = 32
+_PLAIN = (bool, int, float, str, type(None))
 Rows = list[np.ndarray]
 """For each tensor of a record: (batch, bytes), the samples' parts padded to equal size."""
 
@@ -66,11 +67,15 @@ class Codec:
         ]
         self._shared: dict[tuple[bytes, tuple[int, ...]], list[torch.Tensor]] = {}
         self._leaves = self._plain_values(leaves)
-        """Its plain values. They are in no record: an output with others is another kind of output."""
+        """Its plain values, and types where there are none. They are in no record: an output with others, or with a tensor in
+        a plain value's place, is another kind of output."""
 
     @staticmethod
     def _plain_values(leaves: Sequence[Any]) -> list[Any]:
-        return [leaf if type(leaf) in (bool, int, float, str) else None for leaf in leaves]
+        return [
+            torch.Tensor if isinstance(leaf, torch.Tensor) else leaf if type(leaf) in _PLAIN else type(leaf)
+            for leaf in leaves
+        ]
 
     @property
     def by_token(self) -> bool:
@@ -193,7 +198,7 @@ def segments(rows: Rows, lengths: Sequence[int], row: int) -> list[memoryview]:
 
 def _by_sample(leaf: Any, batch: Batch) -> bool:
     if not isinstance(leaf, torch.Tensor):
-        if type(leaf) not in (bool, int, float, str, type(None)):
+        if type(leaf) not in _PLAIN:
             raise UnsupportedOutputError(f"it returns a {type(leaf).__name__}")
         return False
     return leaf.dim() > 0 and len(leaf) == batch.size

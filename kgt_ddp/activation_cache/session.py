@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -20,8 +21,9 @@ from torch import nn
 from kgt_ddp.activation_cache import torch_private
 from kgt_ddp.activation_cache.arrival import Arrival
 from kgt_ddp.activation_cache.counters import Counters
-from kgt_ddp.activation_cache.first_use import NotYetError, ObjectionError, PaddingObjectionError, Route, first_use
+from kgt_ddp.activation_cache.first_use import NotYetError, ObjectionError, PaddingObjectionError, Route
 from kgt_ddp.activation_cache.folder import CacheFolder
+from kgt_ddp.activation_cache.forms import Forms
 from kgt_ddp.activation_cache.frontier_cache import FrontierCache
 from kgt_ddp.activation_cache.gate import Gate
 from kgt_ddp.activation_cache.key import Batch, Keys, UnkeyableError
@@ -68,7 +70,7 @@ class Session:
         self._model = model
         self._folder, self._writer, self._prefetch, self._counters = folder, writer, prefetch, counters
         self._gated, self._compact = gate is not None, compact
-        self._route: Route | None = None
+        self._forms = Forms(model, prefix, self.keys, compact=compact)
         self._ready: FrontierCache | None = None
         self._watched = False
         self._attempts = 0
@@ -110,17 +112,23 @@ class Session:
             return
         if ids is not None:
             self._prefetch.learn(ids, batch)
-        if not self._watched:
-            with self._watching_calls(), torch_private.watching_collectives(self._model, self._collectives):
+        if not self._watched or self._forms.to_be_watched(batch):
+            self.pause()
+            with (
+                self._watching_calls(),
+                torch_private.watching_collectives(self._model, partial(self._collectives, batch)),
+            ):
                 yield
             return
-        if not self._prepared(batch, arrival):
+        route = self._prepared(batch, arrival)
+        if route is None:
+            self.pause()
             assert self.prefix.unit is not None, "Prefix.objection() comes first"
             with timed(self._model, self.prefix.unit, lambda seconds, _: self.gate.computed(batch.size, seconds)):
                 yield
             return
         assert self._ready is not None
-        with self._ready.forward(batch, key_s=self._key_s, arrival=arrival):
+        with self._ready.forward(batch, route, key_s=self._key_s, arrival=arrival):
             yield
         if self._ready.wrong is not None:
             self.refused = self._ready.wrong
@@ -128,6 +136,11 @@ class Session:
         elif self._ready.bypassed is not None:
             self.refused = self._ready.bypassed
             self.close()
+
+    def pause(self) -> None:
+        """A batch passes by: its time is none of the cache's."""
+        if self._ready is not None:
+            self._ready.pause()
 
     @property
     def read_only(self) -> bool:
@@ -149,8 +162,7 @@ class Session:
         if self.refused is not None:
             return None
         if self._gated and not self.gate.admits():
-            if self._ready is not None:
-                self._ready.pause()
+            self.pause()
             return None
         if self.prefix.changed():
             self._weights_changed()
@@ -175,8 +187,9 @@ class Session:
         if batch is None:
             arrival.give_up()
             return None
-        # The first padded batch after a check without padding is checked, too, and so has to be complete.
-        ready = self._ready if self._watched and not batch.padded and not batch.cut else None
+        # A batch that is to be checked has to be complete: one of another form, or the first with padding.
+        proved = self._watched and self._forms.route(batch) is not None
+        ready = self._ready if proved and not batch.padded and not batch.cut else None
         return arrival.identified(
             batch, lambda: self.keys.batch(args, kwargs), ready.has if ready is not None else None
         )
@@ -185,6 +198,9 @@ class Session:
     def _watching_calls(self) -> Iterator[None]:
         """Are the prefix's modules called by Python, which looks at the instance, or by code that was compiled, perhaps
         around the wrapper or in between? Such code may go on to do what it did when it was compiled."""
+        if self._watched:
+            yield
+            return
         seen: dict[nn.Module, list[bool]] = {part: [] for part in self.prefix.parts}
 
         def noting(part: nn.Module) -> Replacement:
@@ -206,57 +222,66 @@ class Session:
         else:
             self._watched = True
 
-    def _collectives(self, found: str | None) -> None:
+    def _collectives(self, batch: Batch, found: str | None) -> None:
         """Ranks run on the side when each sees fit: a model that communicates in its forward would wait for others."""
-        if found is not None:
-            self.refused = f"the model communicates in its own forward ({found})"
+        reason = f"the model communicates in its own forward ({found})"
+        if found is None:
+            self._forms.watched(batch)
+        elif self._forms.is_first(batch):
+            self.refused = reason
+        else:
+            self._forms.leave_out(batch, reason)
 
     def _weights_changed(self) -> None:
         self._changes += 1
         if self._changes > _MOST_CHANGES:
             self.refused = "weights or buffers that the frozen prefix may read are written again and again"
         self.close()
-        self._route = None
+        self._forms.forget()
 
     def _attempt(self, reason: str) -> None:
         self._attempts += 1
         if self._attempts >= _ATTEMPTS:
             self.refused = reason
 
-    def _prepared(self, batch: Batch, arrival: Arrival | None) -> bool:
-        """Whether everything is there to use the cache for this batch; if not, do one thing about it."""
+    def _prepared(self, batch: Batch, arrival: Arrival | None) -> Route | None:
+        """How to go round the prefix, if everything is there to use the cache for this batch; if not, do one thing about it."""
         if not self.gate.compute_s_per_sample:
-            return False
+            return None
         if self._ready is None:
             self.gate.decodes(
                 arrival.ids.decode_s_per_sample if arrival is not None and arrival.may_be_left_out else 0.0
             )
-        if self._route is None or (batch.padded and not self._route.padding_seen and self._route.codec.by_token):
-            return self._check(batch) and False  # the keys may be others now: from the next batch on
-        return self._ready is not None or self._open(self._route)
+        route = self._forms.route(batch)
+        if route is None:
+            self._check(batch)  # the keys may be others now: from the next batch on
+            return None
+        return route if self._ready is not None or self._open(route) else None
 
-    def _check(self, batch: Batch) -> bool:
+    def _check(self, batch: Batch) -> None:
         started = time.perf_counter()
-        self.close()
-        try:
-            self._route = first_use(self._model, self.prefix, self.keys, batch, compact=self._compact)
-        except NotYetError:
-            self._attempt("no batch was fit for the check of the first use (it takes two samples and finite numbers)")
-            return False
-        except PaddingObjectionError:
-            self.keys.trims, self._route = False, None
+        if self._forms.is_first(batch):
             self.close()
-            return False
+        try:
+            route = self._forms.prove(batch)
+        except NotYetError:
+            self._attempt(
+                "no batch was fit for the check of the first use: it takes two samples, finite numbers, and a form of the "
+                "model's call that comes again (no argument beside the samples is to be another one each time)"
+            )
+        except PaddingObjectionError:
+            self.keys.trims = False
+            self._forms.forget()
+            self.close()
         except ObjectionError as error:
             self.refused = str(error)
-            return False
+        else:
+            if route is not None:
+                sizes = route.codec.lengths(batch) or [[0]]
+                size = sum(map(sum, sizes)) / len(sizes)
+                self.gate.predict(size / READ_BYTES_PER_S + READ_S * max(size / route.codec.slot_bytes, 1))
         finally:
             self._counters.check_s += time.perf_counter() - started
-        self.keys.excluded |= self._route.excluded
-        sizes = self._route.codec.lengths(batch) or [[0]]
-        size = sum(map(sum, sizes)) / len(sizes)
-        self.gate.predict(size / READ_BYTES_PER_S + READ_S * max(size / self._route.codec.slot_bytes, 1))
-        return True
 
     def _open(self, route: Route) -> bool:
         weights = self.prefix.digest()
@@ -270,7 +295,6 @@ class Session:
         self._ready = FrontierCache(
             self._model,
             self.prefix,
-            route,
             table,
             self._writer if writable else None,
             gate=self.gate,

@@ -40,11 +40,15 @@ class Outcome:
         return [*self.outputs, *(g for g in self.gradients if g is not None)]
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float | None = None) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float | None = None, *, on_average: bool = False) -> bool:
     """Equal shapes, and no element further off than `tolerance` times the largest one of `a`.
 
     By default as two kernels may differ that compute the same. An accelerator rounds to TF32 or, in a forward under autocast,
     to less within results of 32 bits: parts of a batch then differ from the whole by far more than fp32's rounding.
+
+    Args:
+        on_average: nor all elements together further off than `tolerance` times the mean one. A few elements may be a hundred
+            times as large as the others, as in the residual stream of large transformers, and would hide any change of those.
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
@@ -55,8 +59,19 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float | None = None) -> b
     if tolerance is None:
         precise = torch.finfo(a.dtype).bits >= 32 and a.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         tolerance = 1e-4 if precise else 3e-2
-    scale = float(a.abs().max())
-    return bool((a - b).abs().max() <= tolerance * max(scale, 1e-12))  # False for NaN
+    size, distance = a.abs(), (a - b).abs()
+    same = distance.max() <= tolerance * size.max().clamp(min=1e-12)
+    if on_average:
+        same &= distance.mean(dtype=torch.float32) <= tolerance * size.mean(dtype=torch.float32).clamp(min=1e-12)
+    return bool(same)  # False for NaN
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators that a forward on this device may draw from."""
+    states = [torch.random.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
 @contextmanager

@@ -10,6 +10,8 @@ and is a miss. So nothing needs to be locked, synced or repaired.
 
 When all slots of a key's neighbourhood are taken, most new records are given up and one in sixteen replaces an old one:
 with a data set larger than the budget, read in cycles, replacing always would lose each record just before its next use.
+A record of several parts replaces none, and is written only if all its parts have a place: parts of records that are not whole
+would take room for ever.
 
 Errors: `get` never raises. `put` raises `OSError` (disk full, file-size limit, read-only file); the caller stops writing.
 """
@@ -23,7 +25,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import count
 
 import xxhash
@@ -131,13 +133,12 @@ class Table:
         with self._writing:
             if self._fd < 0:
                 return 0
-            written = 0
-            for part, pieces in enumerate(self._parts(record)):
-                size = self._put_part(key, part, pieces)
-                if not size:
-                    return 0
-                written += size
-            return written
+            parts = self._parts(record)
+            places = self._places_for(key, len(parts))
+            if places is None:
+                self.given_up += 1
+                return 0
+            return sum(self._put_part(key, i, pieces, places[i]) for i, pieces in enumerate(parts))
 
     def close(self) -> None:
         """Give the file back; it stays on the disk. Later calls find nothing and write nothing."""
@@ -196,11 +197,7 @@ class Table:
                 return False
         return False
 
-    def _put_part(self, key: bytes, part: int, pieces: list[memoryview]) -> int:
-        place = self._place_for(key, part)
-        if place is None:
-            self.given_up += 1
-            return 0
+    def _put_part(self, key: bytes, part: int, pieces: list[memoryview], place: int) -> int:
         length = sum(map(len, pieces))
         entry = _ENTRY.pack(key, self._check(key, part, length, pieces), length, part, _ENTRY_MAGIC)
         written = os.pwritev(self._fd, [entry, *pieces], place)
@@ -208,16 +205,32 @@ class Table:
             raise OSError(28, "the disk took only part of a record")
         return written
 
-    def _place_for(self, key: bytes, part: int) -> int | None:
-        places = list(self._places(key, part))
-        for place in places:
+    def _places_for(self, key: bytes, num_parts: int) -> list[int] | None:
+        """Where each part of a record goes; None if there is no room for all of them."""
+        found: dict[int, None] = {}  # in order
+        for part in range(num_parts):
+            place = self._free_place(key, part, found)
+            if place is None:
+                return self._crowded_out(key) if num_parts == 1 else None
+            found[place] = None
+        return list(found)
+
+    def _free_place(self, key: bytes, part: int, taken: Container[int]) -> int | None:
+        for place in self._places(key, part):
+            if place in taken:
+                continue  # by another part of the record
             entry = os.pread(self._fd, _ENTRY.size, place)
             if len(entry) < _ENTRY.size or entry[:16] == _NO_KEY:
                 return place
             if entry[:16] == key and _ENTRY.unpack(entry)[3] == part:
                 return place
+        return None
+
+    def _crowded_out(self, key: bytes) -> list[int] | None:
+        """The place of another record, once in a while."""
         turn = next(self._crowded)
         if turn % REPLACE_ONE_IN:
             return None
         self.replaced += 1
-        return places[turn // REPLACE_ONE_IN % len(places)]
+        places = list(self._places(key, 0))
+        return [places[turn // REPLACE_ONE_IN % len(places)]]

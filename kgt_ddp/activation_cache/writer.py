@@ -1,6 +1,7 @@
 """Writes records behind the training thread's back, in bounded memory.
 
-What would exceed the bound is dropped: a record not written is a miss later, no more. The thread starts with the first
+What would exceed the bound is dropped: a record not written is a miss later, no more. One batch is always taken when nothing
+waits, however large it is: else batches larger than the bound would be dropped for ever. The thread starts with the first
 record and ends by itself after a second without work, so nothing has to be stopped for a process to end. The first
 failure (disk full, file too large, device error) ends writing with one line; reading goes on. `resume` tries again.
 """
@@ -29,7 +30,7 @@ class Writer:
 
     Args:
         may_grow: asked now and then whether budget and disk allow more.
-        limit_bytes: of records waiting.
+        limit_bytes: of records waiting, if they are more than one batch's.
 
     Attributes:
         stopped: why nothing is written any more, or None.
@@ -52,7 +53,7 @@ class Writer:
         """Hand over records; returns False if they were dropped. Never blocks on the disk."""
         size = sum(len(piece) for _, pieces in records for piece in pieces)
         with self._changed:
-            if self.stopped is not None or self._waiting + size > self._limit:
+            if self.stopped is not None or (self._waiting and self._waiting + size > self._limit):
                 return False
             self._queue.append((table, records, size))
             self._waiting += size
@@ -91,12 +92,12 @@ class Writer:
                 self._changed.notify_all()
 
     def _write(self, table: Table, records: Sequence[Record]) -> None:
-        if self._until_check <= 0:
-            self._until_check = _CHECK_EVERY_BYTES
-            if not self._may_grow():
-                self._stop("its budget, or what it may take of the disk, is used up")
-                return
         for key, pieces in records:
+            if self._until_check <= 0:
+                self._until_check = _CHECK_EVERY_BYTES
+                if not self._may_grow():
+                    self._stop("its budget, or what it may take of the disk, is used up")
+                    return
             written = table.put(key, pieces)
             self.num_bytes += written
             self._until_check -= written

@@ -80,6 +80,17 @@ class WideResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+def test_random_numbers_of_the_device_are_noticed_however_small_they_are(tmp_path):
+    """Within the tolerance for kernels that round."""
+
+    class Noisy(SmallResNet):
+        def forward(self, x):
+            return super().forward(x + 1e-4 * torch.randn_like(x))
+
+    _, _, summary = both(lambda: Noisy().cuda(), on_gpu(CASES["resnet"][1]), 2, tmp_path)
+    assert "compute with random numbers" in summary["reason"]
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_compact_records_under_autocast(precision, tmp_path):
     """The blocks' outputs are of that precision already: nothing is lost by records of it."""

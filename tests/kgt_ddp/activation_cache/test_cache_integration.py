@@ -168,11 +168,11 @@ def spoiled(rank, world, folder):
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     x = torch.randn(8, 1, 8, 8)
     states = []
-    for step in range(30):
+    for step in range(40):
         if step == 12:
             with torch.no_grad():
                 ddp.module.blocks[0].conv.weight.mul_(1.0)  # seen: looked at again, the same weights, the same file
-        if step == 18:
+        if step == 28:  # when nobody compares frozen weights with a copy any more
             ddp.module.blocks[0].conv.weight.data.mul_(1.5)
         optimizer.zero_grad()
         ddp(x).square().mean().backward()

@@ -148,3 +148,25 @@ def test_a_try_may_cost_more_where_the_data_is_known_to_repeat():
     g = gate(compute_s=0.03, repeating=1.0)
     feed(g, 4 * WINDOW, write_s=0.02)
     assert g.state == "closed"
+
+
+def test_it_knows_whether_it_is_closed_for_lack_of_hits_alone():
+    in_vain, dear, shallow = gate(patience=BATCH), gate(compute_s=0.004), gate(compute_s=BATCH * 20e-6)
+    feed(in_vain, WINDOW)
+    feed(dear, 2 * WINDOW, write_s=0.02)
+    shallow.predict(read_s_per_sample=40e-6)
+    assert [g.state for g in (in_vain, dear, shallow)] == ["closed"] * 3
+    assert [g.in_vain for g in (in_vain, dear, shallow)] == [True, False, False]
+    for g in (dear, shallow):
+        feed(g, PAUSE + RETRY)
+        assert g.state == "closed" and not g.in_vain, "a short try without hits does not make it cheaper"
+
+
+def test_it_begins_again_with_another_patience():
+    g = gate(patience=BATCH)
+    feed(g, WINDOW)
+    g.begin_again(3 * WINDOW * BATCH, repeating=0.0, reason="")
+    assert feed(g, 2 * WINDOW) == 2 * WINDOW and g.state == "trying"
+    feed(g, WINDOW)
+    assert g.state == "closed"
+    assert g.compute_s_per_sample > 0

@@ -97,6 +97,39 @@ def test_excluded_arguments_are_not_in_the_key():
     assert Keys().batch((x,), a).keys != Keys().batch((x,), b).keys
 
 
+def test_the_form_of_a_call_is_what_may_decide_which_way_the_model_goes():
+    x, keys = torch.randn(4, 3, 5), Keys()
+    form = lambda *args, **kwargs: keys.batch(args, kwargs).form  # noqa: E731
+    same = [form(x), form(x + 1), form(x[:3]), form(x[:, :, :2])]
+    others = [form(x.double()), form(x[0]), form(x, True), form(x, False), form(x, scale=torch.ones(())), form(x=x)]
+    with torch.autocast("cpu"):
+        others.append(form(x))
+    assert len({*same}) == 1 and len({*same, *others}) == 1 + len(others)
+
+
+def test_no_two_forms_share_keys_whatever_is_excluded():
+    x, keys = torch.randn(2, 3), Keys()
+    keys.excluded = {"labels"}
+    given, left_out, soft = (
+        keys.batch((x,), {"labels": labels}) for labels in (torch.tensor([0, 1]), None, torch.tensor([0.0, 1.0]))
+    )
+    assert len({given.form, left_out.form, soft.form}) == 3
+    assert len({given.keys[0], left_out.keys[0], soft.keys[0]}) == 3
+
+
+def test_a_model_is_lent_copies_on_the_side():
+    x, scale = torch.randn(2, 3), torch.ones(())
+    batch = Keys().batch((x,), {"scale": scale, "flag": 1})
+    for arguments in (batch.arguments(), batch.select([0, 1])):
+        (mine,), kwargs = batch.own(arguments, torch.device("cpu"))
+        assert torch.equal(mine, x) and kwargs["flag"] == 1
+        assert mine.data_ptr() != x.data_ptr() and kwargs["scale"].data_ptr() != scale.data_ptr()
+    elsewhere = batch.own(batch.arguments(), torch.device("meta"))
+    assert elsewhere[0][0].is_meta and elsewhere[1]["scale"].is_meta, "as DDP moves all there is"
+    selected = batch.select([1])
+    assert batch.own(selected, torch.device("cpu"))[0][0] is selected[0][0], "that is a copy already"
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [

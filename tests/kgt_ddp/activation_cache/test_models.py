@@ -167,6 +167,62 @@ def test_records_that_are_wrong_are_found_in_batches_of_which_some_samples_are_k
         assert "is not what the block computes" in str(cached.cache.refused)
 
 
+class Peaked(SmallResNet):
+    """One element of each sample is far larger than the others, as in the residual stream of large transformers."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        peak = torch.zeros_like(x[:1])
+        peak[0, 0, 0, 0] = 1e5
+        x = x + peak
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_records_that_are_wrong_in_all_but_a_few_large_elements_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("kgt_ddp.activation_cache.frontier_cache.SPOT_CHECK_EVERY", 3)
+    with job(Peaked, images()[0], 2, tmp_path) as cached:
+        cached.epochs(images(), 3)
+        assert cached.cache.counters.full_batches > 0 and cached.cache.refused is None
+        cached.model.stem[0].weight.data.mul_(2.0)  # past torch's notice, and in front of what is large
+        cached.epochs(images(), 1)
+        assert "is not what the block computes" in str(cached.cache.refused)
+
+
+class WritesItsInput(SmallResNet):
+    """Normalises in place."""
+
+    def forward(self, x, shift):
+        x -= shift
+        shift *= 2
+        return super().forward(x)
+
+
+def test_a_model_that_writes_into_its_input_gets_each_batch_as_it_is(tmp_path, monkeypatch):
+    """Neither the check of the first use nor a spot check, nor computing some samples of a batch, writes into it before."""
+    monkeypatch.setattr("kgt_ddp.activation_cache.frontier_cache.SPOT_CHECK_EVERY", 2)
+    fresh = torch.randn(4, 2, 1, 8, 8)
+
+    def batches(epoch):
+        some = [args[0].clone() for args, _ in images()]
+        mixed = [torch.cat([x[:2], fresh[epoch]]) for x in some[:1]]
+        return [((x, torch.full((), 0.5)), {}) for x in some + mixed]
+
+    with (
+        job(WritesItsInput, batches(0)[0], 2, tmp_path) as cached,
+        job(WritesItsInput, batches(0)[0], 2, tmp_path, mode="off") as plain,
+    ):
+        for epoch in range(4):
+            ours, theirs = batches(epoch), batches(epoch)
+            assert farthest(cached.epochs(ours, 1), plain.epochs(theirs, 1)) < 1e-5
+            for (a, _), (b, _) in zip(ours, theirs, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert cached.cache.refused is None
+        assert cached.cache.counters.full_batches > 5 and cached.cache.counters.partial_batches > 0
+        assert cached.cache.counters.spot_checks > 2
+
+
 def test_a_cut_whose_file_can_only_be_read_stays(tmp_path):
     """Nothing could be written for another one."""
     with job(SmallResNet, images()[0], 2, tmp_path) as cached:

@@ -88,6 +88,28 @@ def test_an_output_with_other_plain_values_is_another_kind_of_output():
     assert codec.rows((tokens, 16, 8), batch) is None and codec.samples((tokens, 16, 8), batch) is None
 
 
+def test_an_output_with_a_tensor_where_there_was_none_is_another_kind_of_output():
+    """Served from a record it would be None again."""
+    batch = Keys().batch((torch.zeros(4, 3),), {})
+    hidden, bias = torch.randn(4, 2), torch.randn(4, 2)
+    codec = Codec((hidden, None), batch, compact=False)
+    assert codec.rows((hidden, None), batch) is not None
+    assert codec.rows((hidden, bias), batch) is None and codec.samples((hidden, bias), batch) is None
+    with_bias = Codec((hidden, bias), batch, compact=False)
+    assert with_bias.rows((hidden, None), batch) is None
+    assert with_bias.layout != codec.layout
+
+
+def test_a_few_large_elements_do_not_hide_that_all_others_differ():
+    a = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    a[0] = 1000.0
+    b = torch.cat([a[:1], a[1:] * 1.5])
+    assert close(a, b, 2e-2) and not close(a, b, 2e-2, on_average=True)
+    assert close(a, a.bfloat16().float(), 2e-2, on_average=True)
+    assert not close(a, a + float("nan"), 2e-2, on_average=True)
+    assert close(torch.zeros(3), torch.zeros(3), on_average=True)
+
+
 def test_compact_records_are_half_as_long_and_rounded_once():
     batch = Keys().batch((torch.zeros(4, 3),), {})
     output = torch.randn(4, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from kgt_ddp.activation_cache.repeats import ONE_IN, RepeatWatch
@@ -99,4 +100,37 @@ def test_data_that_is_known_to_repeat_is_given_an_epoch_and_a_half(tmp_path):
         made.epochs(batches, 2)
         made.blocks.move_to(2)
         made.step(batches[0])
-        assert made.cache.state == "trying" and made.cache._session.gate._patience == 960
+        assert made.cache.state == "trying" and 960 <= made.cache._session.gate._patience < 1_000
+
+
+@pytest.mark.parametrize("known_in_vain", [False, True])
+def test_a_gate_that_was_closed_in_a_long_first_epoch_begins_again_once_samples_come_again(known_in_vain, tmp_path):
+    """Closed by its patience, or from the start, as the first half of an epoch holds nothing twice."""
+    samples = data(640).split(16)
+    with job(SmallResNet, ((samples[0],), {}), 0 if known_in_vain else 2, tmp_path, mode="auto", patience=200) as made:
+        states = []
+        for epoch in range(5):
+            for step, i in enumerate(torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).tolist()):
+                if (epoch, step) == (0, 20):
+                    made.blocks.move_to(2)
+                made.step(((samples[i],), {}))
+                if made.cache._session is not None:
+                    made.cache._session.gate.computed(16, 10.0)  # a prefix that it would pay to skip
+            made.cache.drain()
+            states.append(made.cache.state)
+        assert states[0] == "closed" and states[1] == "trying" and states[3:] == ["open"] * 2
+        assert made.cache.counters.full_batches > 40
+
+
+def test_a_gate_begins_again_once_and_not_over_augmented_data(tmp_path):
+    g = torch.Generator().manual_seed(4)
+    new = [((torch.randn(16, 1, 8, 8, generator=g),), {}) for _ in range(200)]
+    with job(SmallResNet, new[0], 2, tmp_path, mode="auto", patience=200) as made:
+        made.cache._session_now().gate.computed(16, 10.0)
+        made.epochs(new[:80], 1)
+        assert made.cache.state == "closed" and not made.cache._began_again
+        made.epochs(new[40:80], 1)
+        assert made.cache._began_again
+        made.epochs(new[80:], 1)
+        made.epochs(new[190:], 2)
+        assert made.cache.state == "closed", "it stays closed but for short tries"

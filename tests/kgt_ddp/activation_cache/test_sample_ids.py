@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from kgt_ddp import CachedDataset, CachedLoader, FreezeAwareDDP
-from kgt_ddp.activation_cache import session
+from kgt_ddp.activation_cache import arrival, session
 from kgt_ddp.activation_cache.arrival import ChangedBatchError
 from kgt_ddp.activation_cache.dataset import marked, stand_in
 from kgt_ddp.activation_cache.sample_ids import CHECK_EVERY, SampleIds
@@ -322,6 +322,23 @@ def test_slow_decoding_opens_the_gate_if_samples_need_not_be_decoded(ids, tmp_pa
             assert "reading" not in made.cache._session.gate.reason
         else:
             assert "reading a sample would take" in made.cache._session.gate.reason
+
+
+@pytest.mark.parametrize("state", ["closed", "refused"])
+def test_nothing_is_hashed_for_ids_while_there_is_no_use_for_them(state, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(arrival, "_print", lambda tensor, print_=arrival._print: hashed.append(None) or print_(tensor))
+    with job(SmallResNet, ((IMAGES[:4],), {}), 3, tmp_path, mode="auto") as made:
+        made.wrapper.freezing = Freezing(made.cache)
+        batches = CachedLoader(loader(with_ids(Counting())), made.wrapper)
+        session = made.cache._session_now()
+        if state == "closed":
+            session.gate.give_up("nothing comes twice")
+        else:
+            session.refused = "it cannot be cached"
+        train(made, batches, 1)
+        assert made.cache.state == state
+        assert not hashed
 
 
 def test_what_light_gives_is_compared(cached, caplog):

@@ -114,6 +114,20 @@ def test_a_full_table_keeps_most_of_what_it_has(folder, opened):
     assert table.given_up > 10 * table.replaced
 
 
+def test_a_full_table_keeps_records_of_several_parts_whole(folder, opened):
+    """Twice as many as there is room for, in cycles: none pushes out a part of another, and none leaves parts of itself."""
+    size = 4 * SIZE
+    table, _ = opened(where=CacheFolder(folder.path, HEADER_BYTES + 512 * stride_of(SIZE)))
+    rates = []
+    for _ in range(8):
+        there = [read(table, i, size) is not None for i in range(256)]
+        rates.append(sum(there) / 256)
+        for i in (i for i in range(256) if not there[i]):
+            put(table, i, size)
+    assert rates[1] > 0.4
+    assert rates[1:] == [rates[1]] * 7
+
+
 @pytest.mark.parametrize("offset", [0, 3, 16, 20, 24, 26, 28, 30, 40, 900])
 def test_a_flipped_byte_anywhere_in_a_slot_is_a_miss(folder, opened, offset):
     table, _ = opened()
@@ -199,6 +213,71 @@ def test_a_folder_that_cannot_be_made_or_is_another_users(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="another user"):
         CacheFolder(tmp_path / "cache", BUDGET).open(DIGEST, SIZE)
+
+
+def test_an_existing_folder_of_another_user_is_not_used(folder, opened, monkeypatch):
+    table, _ = opened()
+    table.close()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(PermissionError, match="another user"):
+        folder.open(DIGEST, SIZE)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="giving a file to another user takes root")
+def test_a_file_of_another_user_is_left_alone(folder, opened):
+    table, _ = opened()
+    table.close()
+    os.chown(path_of(folder), 12345, -1)
+    with pytest.raises(ForeignFileError, match="another user"):
+        folder.open(DIGEST, SIZE)
+
+
+def test_a_file_that_is_deleted_while_it_is_opened_is_made_anew(folder, opened, monkeypatch):
+    """By another job that needs room, before the file is locked."""
+    table, _ = opened()
+    put(table, 1)
+    table.close()
+    real, deleted = os.open, []
+
+    def slow(path, *args, **kwargs):
+        fd = real(path, *args, **kwargs)
+        if path == path_of(folder) and not deleted:
+            deleted.append(path)
+            assert CacheFolder(folder.path)._delete(path)
+        return fd
+
+    monkeypatch.setattr(os, "open", slow)
+    again, writable = opened()
+    assert writable and read(again, 1) is None
+    assert os.fstat(again._fd).st_ino == path_of(folder).stat().st_ino, "not the one that nobody else can find"
+
+
+def test_a_file_that_is_being_made_is_not_deleted(folder, opened, monkeypatch):
+    """Nor emptied through its temporary name once it has its own."""
+    other, tried = CacheFolder(folder.path), []
+
+    def delete_all():
+        tried.extend(other._delete(file) for file in folder.path.glob(".new-*"))
+
+    link, unlink = os.link, os.unlink
+    monkeypatch.setattr(os, "link", lambda *args: (delete_all(), link(*args), delete_all()))
+    monkeypatch.setattr(os, "unlink", lambda path: (delete_all(), unlink(path)))
+    table, _ = opened()
+    monkeypatch.undo()
+    assert tried == [False] * 3
+    put(table, 1)
+    assert read(table, 1) is not None
+
+
+def test_of_a_file_with_two_names_one_is_deleted_and_the_other_kept(folder, opened):
+    """A job that was killed while it made the file has left its temporary name."""
+    table, _ = opened()
+    put(table, 1)
+    table.close()
+    os.link(path_of(folder), folder.path / f".new-x{SUFFIX}")
+    assert folder._delete(folder.path / f".new-x{SUFFIX}")
+    again, _ = opened()
+    assert read(again, 1) is not None
 
 
 def test_the_folder_is_private(folder, opened):
@@ -326,6 +405,28 @@ def test_a_writer_that_is_behind_drops_and_never_waits(opened):
     disk.set()
     assert writer.drain()
     assert all(read(table, i) is not None for i in range(5))
+
+
+def test_one_batch_is_taken_however_large_it_is(opened):
+    """Or all batches of a model with large outputs would be dropped, with an idle disk."""
+    table, _ = opened()
+    disk = threading.Event()
+    writer = Writer(lambda: disk.wait(30), limit_bytes=5 * SIZE)
+    batch = [(key(i), [memoryview(record(i))]) for i in range(20)]
+    assert [writer.add(table, batch), writer.add(table, batch[:1])] == [True, False]
+    disk.set()
+    assert writer.drain()
+    assert all(read(table, i) is not None for i in range(20))
+    assert writer.add(table, batch) and writer.drain()
+
+
+def test_the_budget_ends_writing_in_the_middle_of_a_batch(opened):
+    table, _ = opened(slot_bytes=100_000)
+    allowed = iter([True, True, False])
+    writer = Writer(lambda: next(allowed))
+    writer.add(table, [(key(i), [memoryview(record(i, 90_000))]) for i in range(60)])
+    assert writer.drain() and writer.stopped is not None
+    assert 2 << 20 <= writer.num_bytes < 2.2 * (1 << 20)
 
 
 def test_closing_while_a_writer_works_loses_records_only(opened, tmp_path):
