@@ -182,7 +182,10 @@ class RankAgent(LocalElasticAgent):
         # end them here, so that it finds nothing left to do.
         if self._failed():
             self._shutdown(signal.SIGTERM)
-        elif self._peers_failed():
+            result = super()._monitor_workers(worker_group)
+            # Ranks that were ended for a hang, and end with 0 then, have not succeeded.
+            return result if result.state == WorkerState.FAILED else RunResult(state=WorkerState.FAILED)
+        if self._peers_failed():
             # Whatever code our ranks end with: a success would wait for the other nodes at torch's exit barrier.
             self._shutdown(signal.SIGTERM)
             return RunResult(state=WorkerState.FAILED)

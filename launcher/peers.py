@@ -91,7 +91,7 @@ class Peers:
         self._watched: list[int] = [*self._others[node:], *self._others[:node]]
         """Nodes that may still be lost: the successor first."""
         self._seen: tuple[str, float] = ("", time.monotonic())
-        """The successor's last sign of life, and when it changed."""
+        """The last sign of life of the first of these, and when it changed."""
         self._beats = 0
         self._closing = threading.Event()
         self.saw_failure = False
@@ -175,6 +175,15 @@ class Peers:
     def hung(self) -> bool:
         """Whether another node has stopped ranks that made no progress."""
         return any(news.hung for news in self._published_by_others())
+
+    def some_ended(self) -> bool:
+        """Whether the ranks of another node have all ended: it takes part in no further start."""
+        try:
+            return not self._unreachable and any(self._store.check([f"kgtrun/ended/{other}"]) for other in self._others)
+        except Stopped:
+            raise
+        except Exception:  # as above
+            return False
 
     def words(self) -> str:
         """Who was lost, as this node or another one says; empty when nobody was."""

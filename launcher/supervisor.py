@@ -147,9 +147,8 @@ class Supervisor:
                 leaving=lambda: self.leaving.running(self.attempt),
                 collect=self._reap_adopted,
             )
-            if (
-                self.config.rendezvous.node_rank == 0
-            ):  # what an earlier start of this run ended with is no end of this one
+            if self.config.rendezvous.node_rank == 0:
+                # What an earlier start of this run ended with is no end of this one.
                 Path(self.run_dir.result).unlink(missing_ok=True)
             self.events.write("start", num_ranks=num_ranks, num_references=self.config.sidecars.count, cores=cores)
             result = elastic.run(self.agent, self.config.event_log_handler)
@@ -230,6 +229,9 @@ class Supervisor:
             excused=self.leaving.excused,
         )
         peers, failures = self.peers, attempt.failures
+        failed_here = attempt.hung.is_set() or any(not failure.consequence for failure in failures)
+        if peers is not None and not self.desk.received and (failed_here or peers.lost) and peers.some_ended():
+            self._forbid_restarts()  # nobody would meet the ranks of the next start there
         if (
             peers is None
             or self.desk.received
@@ -237,7 +239,7 @@ class Supervisor:
             or not elastic.is_last_attempt(agent)
         ):
             return
-        if failures or peers.failed():
+        if failures or attempt.hung.is_set() or peers.failed():
             own = failures[0] if failures and not failures[0].consequence else None
             peers.publish(own, self.verdict.unix_time(own) if own else time.time(), hung=attempt.hung.is_set())
 
@@ -257,6 +259,8 @@ class Supervisor:
             between=self._reap_adopted,
         )
         self.keeper.reap()
+        for _ in range(2):  # what is seen once is collected at the next look
+            self._reap_adopted()
         self.follower.stop()
         self.belongings.remove_directories()
 

@@ -60,10 +60,11 @@ class Verdict:
         failures = attempt.failures if attempt else ()
         remote = peers.earliest() if peers else None
         own_moment_s = self.unix_time(failures[0]) if failures and not failures[0].consequence else math.inf
+        causes = [its for its in (remote, *failures) if its and not (its.consequence or its.reaction)]
+        if peers and peers.hung() and not causes:
+            return self._hung(attempt)  # all hang in one collective, and the watchdog there was the first
         if peers and remote and peers.earliest_moment() < own_moment_s:
             failures = (remote, *failures)
-        if peers and peers.hung() and not remote and own_moment_s == math.inf:
-            return self._hung(attempt)  # all hang in one collective, and the watchdog there was the first
         lost = peers.words() if peers else ""
         if not failures or (lost and failures[0].consequence):
             return self._outcome(attempt, FAILED, 1, message=lost or message)

@@ -9,9 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from launcher import elastic
 from launcher.config import LaunchConfig, LogSpec, RankSpec, RendezvousSpec, SidecarSpec, parse_streams
+from launcher.errors import LostRendezvousError
 from launcher.logs import Follower
 
 
@@ -164,3 +168,21 @@ def test_a_logs_plugin_takes_over_and_still_passes_the_environment(tmp_path, mon
     assert isinstance(specs, DefaultLogsSpecs) and environments[0]["EXTRA"] == "x"
     with pytest.raises(ValueError, match=r"there is \['mine'\]"):
         elastic.log_specs(LogSpec(directory=tmp_path, specs_plugin="other"), 1, lambda *_: {}, Follower())
+
+
+def test_a_rendezvous_that_does_not_answer_is_told_by_its_endpoint(tmp_path, monkeypatch):
+    def refused(_):
+        raise RendezvousConnectionError("The connection to the C10d store has failed.")
+
+    monkeypatch.setattr(elastic.rendezvous_registry, "get_rendezvous_handler", refused)
+    with pytest.raises(LostRendezvousError, match="no rendezvous at h0:29400: The connection"):
+        agent_of(config(tmp_path, rendezvous={"endpoint": "h0:29400"}))
+
+
+def test_ranks_that_were_ended_for_a_hang_have_failed_whatever_their_code(tmp_path, monkeypatch):
+    agent = agent_of(config(tmp_path))
+    monkeypatch.setattr(agent, "_failed", lambda: True)
+    monkeypatch.setattr(agent, "_shutdown", lambda *_: None)
+    succeeded = RunResult(state=WorkerState.SUCCEEDED, return_values={0: None})
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda *_: succeeded)
+    assert agent._monitor_workers(agent.get_worker_group()).state == WorkerState.FAILED

@@ -277,6 +277,9 @@ def test_what_a_launch_left_that_was_killed_whole_is_removed_by_the_next(runs):
     for one in everything:
         one.kill()
     process.wait(timeout=20)
+    deadline = time.monotonic() + 20
+    while runs.left() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert len(list(runs.temporary.iterdir())) == 1
     assert runs.run(runs.script("pass")).code == 0
     assert list(runs.temporary.iterdir()) == []

@@ -67,6 +67,14 @@ def test_two_nodes_meet(runs, how):
     assert sorted("".join(node.out for node in found).splitlines()) == ["0 2 0", "1 2 1"]
 
 
+def test_a_rendezvous_that_nobody_hosts_is_said_and_recorded(runs):
+    endpoint = f"127.0.0.1:{free_port()}"
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=false,timeout=2"]
+    done = runs.run("--nnodes", "2", *where, runs.script("pass"))
+    assert done.code == 1 and f"no rendezvous at {endpoint}" in done.err and "Traceback" not in done.err
+    assert done.result["status"] == "failed"
+
+
 def seconds_until_both_name_rank_1(runs, script, *arguments: str) -> float:
     """Of two nodes whose rank 1 ends with 9: both end with that code, and say who failed first."""
     args = [

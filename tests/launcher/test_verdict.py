@@ -59,8 +59,10 @@ def test_a_hang_that_another_node_was_the_first_to_see_is_one_here_too(verdict):
     own = Attempt(failure(-15, consequence=True))
     found = verdict.ended(own, Peers(others_failed=True, hung=True), failed=True)
     assert (found.status, found.exit_code) == (FAILED, HUNG_EXIT_CODE) and "60 s" in found.message
-    found = verdict.ended(Attempt(failure(3)), Peers(others_failed=True, hung=True), failed=True)
-    assert found.exit_code == 3
+    lost = failure(1, reaction=True)  # its ranks were in the same collective
+    assert verdict.ended(Attempt(lost), Peers(hung=True), failed=True).exit_code == HUNG_EXIT_CODE
+    assert verdict.ended(own, Peers(hung=True, failure=lost), failed=True).exit_code == HUNG_EXIT_CODE
+    assert verdict.ended(Attempt(failure(3)), Peers(hung=True), failed=True).exit_code == 3
 
 
 @pytest.mark.parametrize(("earlier_s", "code", "hosts"), [(1, 5, ["there", "here"]), (-1, 137, ["here"])])
