@@ -65,6 +65,8 @@ class Blocks:
         self._units = chosen_units(model, chosen) if chosen is not None else find_units(model)
         self._tables = [] if chosen is not None else find_tables(model, self._units)
         self._user_frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+        self._resting: set[int] = set()
+        """Those that the user has turned off since, and may turn on again. DDP allows it if it is to find unused parameters."""
         self._was_training: dict[nn.Module, bool] = {}
         self.frontier = 0
         self.ordered = False
@@ -232,6 +234,16 @@ class Blocks:
             if block.shared.get(name, -1) >= self.frontier and id(p) not in self._user_frozen
         ]
 
+    @property
+    def any_trains(self) -> bool:
+        """Whether anything does now: the user may have turned all off for a while (a discriminator in its generator's step)."""
+        return any(p.requires_grad for block in reversed(self.blocks) for _, p in block.parameters)
+
+    def resting(self) -> list[nn.Parameter]:
+        """Parameters behind the frontier that the user has turned off since the model was wrapped."""
+        frozen = {id(p) for p in self.frozen_parameters()}
+        return [p for p in self.model.parameters() if id(p) in self._resting - frozen]
+
     def frozen_buffers(self) -> list[str]:
         return [name for block in self.blocks[: self.frontier] for name in block.buffers]
 
@@ -245,8 +257,8 @@ class Blocks:
         if not 0 <= frontier <= self.max_frontier:
             raise ValueError(f"frontier {frontier} is out of range 0 to {self.max_frontier}")
         before = {id(p) for p in self.frozen_parameters()}
-        # Also what the user froze since the model was wrapped: DDP allows it where it is to find unused parameters.
-        self._user_frozen |= {id(p) for p in self.model.parameters() if not p.requires_grad and id(p) not in before}
+        off = {id(p) for p in self.model.parameters() if not p.requires_grad}
+        self._resting = (self._resting & before & off) | (off - before - self._user_frozen)
         old, self.frontier = self.frontier, frontier
         after = self.frozen_parameters()
         frozen = {id(p) for p in after}
@@ -255,7 +267,7 @@ class Blocks:
             parameter.grad = None
         for block in self.blocks[:old]:
             for _, parameter in block.parameters:
-                if id(parameter) in before and id(parameter) not in frozen:
+                if id(parameter) in before and id(parameter) not in frozen | self._resting:
                     parameter.requires_grad_(True)
         for block in self.blocks[frontier:old]:
             for module in block.modules:

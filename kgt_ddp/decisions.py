@@ -98,7 +98,7 @@ class Decisions:
         self.loss = LossMeter()
         self._agreement: Agreement | None = None
         self._proved = False
-        self._inert = False
+        self.inert = False
         """Ranks cannot have the same blocks: nothing is decided."""
         self._advanced = -1
         """Step whose boundary the agreement has seen. A state saved in mid-step is resumed at that step's first forward."""
@@ -206,7 +206,7 @@ class Decisions:
         self._proved = True
         # DDP trains such a model, if told to find unused parameters: so must we.
         if self._agreement.prove_equal(facts, tolerated=("blocks",)):
-            self._inert = True
+            self.inert = True
             self._give_up_signals()
             if self._is_rank_0:
                 logger.warning(
@@ -217,7 +217,7 @@ class Decisions:
     def boundary(self, now: Boundary) -> Mask | None:
         """Take part in what is due at this step, all ranks alike; a mask to apply before its forward, or None."""
         assert self._agreement is not None
-        if self._advanced == now.step or self._inert:
+        if self._advanced == now.step:
             return None
         self._advanced = now.step
         self._now = now

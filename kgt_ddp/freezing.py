@@ -246,7 +246,7 @@ class Freezing:
             return
         self.clock.paused = self._join.inside and torch_private.join_enabled(ddp)
         self._decisions.before_forward(inputs, kwargs)
-        if self.clock.forward_begins():
+        if self.blocks.any_trains and self.clock.forward_begins():
             torch_private.rebuild_buckets_if_due(ddp)
             self._boundary()
         self._edge.look_at(inputs, kwargs)
@@ -281,6 +281,9 @@ class Freezing:
         if self._owns(optimizer):
             self._decisions.before_optimizer_step()
         self.guard.before_step(optimizer)
+
+    def before_closure(self, optimizer: Optimizer) -> None:
+        self.guard.restore(optimizer)
 
     def after_closure(self, optimizer: Optimizer) -> None:
         self.guard.before_step(optimizer)
@@ -324,6 +327,9 @@ class Freezing:
         if not self._decisions.begun:
             return
         self._decisions.prove_equal(self.clock.step)
+        if self._decisions.inert:
+            self._mean = None
+            return
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
             if state["frontier"]:

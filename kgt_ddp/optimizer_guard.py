@@ -53,6 +53,8 @@ class OptimizerGuard:
         """Those whose states are whole whenever they are asked for."""
         self._interrupted: list[torch.optim.Optimizer] = []
         self._starved: list[nn.Parameter] = []
+        self._under_way: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        """Those within a step."""
 
     def set_frozen(self, parameters: Sequence[nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """From now on exactly these do not move. `optimizers`: those known to own parameters of the model."""
@@ -80,12 +82,15 @@ class OptimizerGuard:
         """No step is under way; or one is, whose closure makes this forward. What has moved since is undone."""
         self.restore()
         if self._movers:
+            if not self._under_way:  # else the writes are the step's
+                self._adopt_counted()
             self._write_back()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the frozen parameters out of `optimizer`, if it has any."""
         if not self._ids:
             return
+        self._under_way.add(optimizer)
         if optimizer not in self._known:
             self._known.add(optimizer)
             self._keep_states_whole(optimizer)
@@ -101,6 +106,7 @@ class OptimizerGuard:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Put them back; look after an optimizer that moved them all the same."""
         self.restore(optimizer)
+        self._under_way.discard(optimizer)
         if not self._copies:
             return
         if optimizer not in self._checked and optimizer not in self._movers:
@@ -157,12 +163,10 @@ class OptimizerGuard:
         return any(not _same_bits(p, copy) for p, copy in zip(self._frozen, self._copies, strict=True))
 
     def _compare_again(self) -> None:
-        """The copies are about to go. Who moved a weight since each optimizer's first step cannot be told; a write that torch
-        has counted may well be meant (a checkpoint is loaded), one by way of `.data` is taken for a mover's."""
+        """The copies are about to go. Who moved a weight since each optimizer's first step cannot be told."""
         if not self._checked or not self._copies or self._movers:
             return
-        watched = zip(self._frozen, self._copies, self._versions, strict=True)
-        self._copies = [c if p._version == version else p.detach().clone() for p, c, version in watched]
+        self._adopt_counted()
         if not self._moved():
             return
         self._movers.update(self._checked)
@@ -172,11 +176,17 @@ class OptimizerGuard:
         )
         self._write_back()
 
+    def _adopt_counted(self) -> None:
+        """A write that torch has counted may well be meant (a checkpoint is loaded); one by way of `.data` is a mover's."""
+        watched = zip(self._frozen, self._copies, self._versions, strict=True)
+        self._copies = [c if p._version == version else p.detach().clone() for p, c, version in watched]
+
     def _write_back(self) -> None:
         with torch.no_grad():
             for parameter, copy in zip(self._frozen, self._copies, strict=True):
                 if not _same_bits(parameter, copy):
                     parameter.copy_(copy)
+        self._versions = [p._version for p in self._frozen]
 
 
 def _is_of_torch(optimizer: torch.optim.Optimizer) -> bool:

@@ -22,20 +22,24 @@ class StepListener(Protocol):
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
+    def before_closure(self, optimizer: Optimizer) -> None:
+        """A closure that the step was given is about to run."""
+
     def after_closure(self, optimizer: Optimizer) -> None:
-        """A closure that the step was given has run, forward and backward: the step goes on."""
+        """It has run, forward and backward: the step goes on."""
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
 
-_listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+_listeners: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
+"""In order: what several do to one optimizer is undone by the last of them first."""
 _installed = False
 
 
 def listen(listener: StepListener) -> None:
     """Call `listener` around every optimizer step for as long as it lives."""
     global _installed
-    _listeners.add(listener)
+    _listeners[listener] = None
     if not _installed:
         register_optimizer_step_pre_hook(_before)
         register_optimizer_step_post_hook(_after)
@@ -70,6 +74,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
 def _followed(closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
     @functools.wraps(closure)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for listener in reversed(list(_listeners)):
+            listener.before_closure(optimizer)
         result = closure(*args, **kwargs)
         for listener in list(_listeners):
             listener.after_closure(optimizer)
@@ -79,5 +85,5 @@ def _followed(closure: Callable[..., Any], optimizer: Optimizer) -> Callable[...
 
 
 def _after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for listener in list(_listeners):
+    for listener in reversed(list(_listeners)):
         listener.after_optimizer_step(optimizer)

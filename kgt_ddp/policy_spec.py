@@ -98,6 +98,7 @@ def _recorded(run_dir: str) -> Replay:
             if known - {writer} and writer not in known and "step" in event:
                 # The job was started again, from a checkpoint: what came after that did not happen.
                 table = {entry for entry in table if entry[0] < event["step"]}
+                as_they_were = {step for step in as_they_were if step < event["step"]}
             known.add(writer)
     if not table:
         raise PolicyError(f"no mask was applied in the run recorded in {run_dir}: there is nothing to replay")

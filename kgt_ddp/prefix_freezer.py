@@ -59,7 +59,7 @@ class PrefixFreezer:
         equalise(ddp.process_group, equal, ddp.broadcast_bucket_size)
         self._leave_out_buffers(ddp)
         frozen = self._blocks.frozen_parameters()
-        torch_private.rebuild_reducer(ddp)
+        self._rebuild_reducer(ddp)
         torch_private.allow_one_more_recompile()
         self._hook.set_frozen(frozen, in_buckets=False)
         self.guard.set_frozen(frozen, optimizers)
@@ -67,6 +67,15 @@ class PrefixFreezer:
         shared = self._blocks.shared_in_prefix()
         if shared:
             logger.info("%s still trains: an active block uses it too", ", ".join(shared))
+
+    def _rebuild_reducer(self, ddp: DistributedDataParallel) -> None:
+        """What the user has turned off for a while stays with DDP, as it would have stayed with the reducer of before."""
+        resting = self._blocks.resting() if ddp.find_unused_parameters else []
+        for parameter in resting:
+            parameter.requires_grad_(True)
+        torch_private.rebuild_reducer(ddp)
+        for parameter in resting:
+            parameter.requires_grad_(False)
 
     def _apart(self, ddp: DistributedDataParallel) -> set[int]:
         """By id: what the user has DDP ignore, and each rank has for itself (a shard of an embedding, say)."""

@@ -174,6 +174,7 @@ class Signals:
 
     def _receive(self) -> None:
         assert self._client is not None
+        self._waits = self._waits and self._client.offered
         scores = self._await_all(self._client) if self._waits else self._client.poll()
         for score in scores:
             self._latest[score.lag_steps] = score

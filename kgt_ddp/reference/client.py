@@ -242,6 +242,11 @@ class ReferenceClient:
         return Cost(passed_s=passed_s, cpu_s=cpu_s)
 
     @property
+    def offered(self) -> bool:
+        """Is there a model that can be scored? If not, waiting is pointless."""
+        return self._offer is not None
+
+    @property
     def connected(self) -> bool:
         """Is there a connection, as far as is known without trying?"""
         return self._online is not None
@@ -271,6 +276,8 @@ class ReferenceClient:
             samples = self._probe
         try:
             fds = _payloads(samples, similarities)
+        except OSError:
+            raise  # no memory or no descriptors now: `submit` tries again later
         except Exception as error:  # of a type of the user's own
             self._cannot_pickle(samples, error)
             return False

@@ -175,13 +175,17 @@ class Dropping(torch.nn.Module):
 def other_layers_each(rank, world):
     messages = told()
     torch.manual_seed(3)
-    ddp = FreezeAwareDDP(Dropping(rank), policy="static:blocks=2,step=4", interval=3, find_unused_parameters=True)
+    ddp = FreezeAwareDDP(
+        Dropping(rank), policy="static:blocks=2,step=4,weight_mean=0.5", interval=3, find_unused_parameters=True
+    )
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
     for step in range(10):
         torch.manual_seed(step)
         optimizer.zero_grad()
         ddp(torch.randn(3, 4)).square().sum().backward()
         optimizer.step()
+    (shared,) = ddp.freezing.state_dict()["shared"]
+    assert shared["weight_mean"] is None, "nothing will freeze, and nothing is kept for it"
     return ddp.freezing.frontier, ddp.freezing.clock.step, snapshot(ddp.module), messages
 
 
@@ -204,6 +208,56 @@ def shards(rank, world):
 
 def test_what_the_user_has_ddp_ignore_is_not_made_equal_as_its_block_freezes(run_ranks):
     assert run_ranks(2, shards) == [(2, [0.0] * 3), (2, [1.0] * 4)]
+
+
+def turned_off_for_a_while(rank, world):
+    """The user turns layers off after wrapping and on again later; meanwhile masks come and go."""
+    torch.manual_seed(3)
+    model = SmallResNet()
+    ddp = FreezeAwareDDP(model, policy=Replay([(6, 2), (15, 0)]), interval=3, find_unused_parameters=True)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    mine = [*model.blocks[0].parameters(), *model.blocks[3].parameters()]
+    seen = {}
+    for step in range(22):
+        if step in (2, 9):
+            for p in mine:
+                p.requires_grad_(step == 9)
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        if step in (8, 14, 21):
+            seen[step] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return seen, ddp.freezing.frontier
+
+
+def test_layers_that_the_user_turns_off_for_a_while_leave_the_ranks_equal(run_ranks):
+    (a, frontier), (b, _) = run_ranks(2, turned_off_for_a_while)
+    assert frontier == 0
+    for step, weights in a.items():
+        assert differing(weights, b[step]) == [], f"after step {step}"
+    moved = differing(a[14], a[21])
+    assert any(n.startswith("blocks.3") for n in moved) and any(n.startswith("blocks.0") for n in moved)
+
+
+def discriminator(rank, world):
+    """Turned off in its generator's step, where its boundary falls, and on again for its own."""
+    torch.manual_seed(3)
+    ddp = FreezeAwareDDP(SmallResNet(), policy=Replay([(6, 2)]), interval=3)
+    optimizer = OPTIMIZERS["sgd"](ddp.parameters())
+    made = torch.zeros(6, 1, 8, 8, requires_grad=True)
+    for step in range(12):
+        ddp.requires_grad_(False)
+        ddp(made).square().mean().backward()
+        ddp.requires_grad_(True)
+        train(ddp, optimizer, rank=rank, steps=range(step, step + 1))
+        if step == 7:
+            frozen = {n: p.detach().clone() for n, p in ddp.module.named_parameters() if n.startswith("stem")}
+    weights = {n: p.detach().clone() for n, p in ddp.module.named_parameters()}
+    return ddp.freezing.frontier, made.grad is not None, weights, frozen
+
+
+def test_a_model_that_is_turned_off_where_its_boundary_falls_freezes_at_the_next(run_ranks):
+    (frontier, reached, a, frozen), (*_, b, _) = run_ranks(2, discriminator)
+    assert (frontier, reached) == (2, True) and differing(a, b) == []
+    assert all(torch.equal(weight, a[name]) for name, weight in frozen.items())
 
 
 class RandomMasks(Schedule):

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from kgt_ddp import optimizer_hooks
 from kgt_ddp.optimizer_guard import OptimizerGuard
 
 OF_TORCH = [
@@ -166,6 +167,58 @@ def test_what_moves_a_frozen_weight_every_few_steps_is_found_out_when_the_copies
                 assert torch.equal(seen, torch.ones(3)), "a forward met a weight that had moved"
     assert caplog.text.count("are written back") == 1
     assert "SGD" in caplog.text
+
+
+def test_weights_that_are_loaded_between_steps_stay_beside_an_optimizer_that_moves_frozen_ones():
+    (a,) = parameters(1)
+    optimizer = torch.optim.SGD([a], lr=0.1)
+    guard = OptimizerGuard()
+    guard.set_frozen([a], [optimizer])
+    for loaded in (None, torch.full((3,), 7.0)):
+        if loaded is not None:
+            with torch.no_grad():
+                a.copy_(loaded)
+        guard.before_forward()
+        assert torch.equal(a.detach(), torch.ones(3) if loaded is None else loaded)
+        guard.before_step(optimizer)
+        with torch.no_grad():
+            a.mul_(2)
+        guard.after_step(optimizer)
+    assert torch.equal(a.detach(), torch.full((3,), 7.0))
+
+
+class Wrapper:
+    """What `Freezing` does around the steps of optimizers, for one of two models that share one."""
+
+    def __init__(self, parameter, optimizer):
+        self.guard = OptimizerGuard()
+        self.guard.set_frozen([parameter], [optimizer])
+        optimizer_hooks.listen(self)
+
+    def before_optimizer_step(self, optimizer):
+        self.guard.before_step(optimizer)
+
+    def before_closure(self, optimizer):
+        self.guard.restore(optimizer)
+
+    def after_closure(self, optimizer):
+        self.guard.before_step(optimizer)
+
+    def after_optimizer_step(self, optimizer):
+        self.guard.after_step(optimizer)
+
+
+@pytest.mark.parametrize("closure", [None, lambda: torch.zeros(())])
+def test_two_models_that_share_an_optimizer_lose_no_parameter(closure):
+    a, b, c = parameters(3)
+    optimizer = torch.optim.SGD([a, b, c], lr=0.1, weight_decay=0.1)
+    wrappers = [Wrapper(a, optimizer), Wrapper(b, optimizer)]
+    before = [p.detach().clone() for p in (a, b, c)]
+    for p in (a, b, c):
+        p.grad = torch.ones(3)
+    optimizer.step(closure)
+    assert len(optimizer.param_groups[0]["params"]) == 3 and len(wrappers) == 2
+    assert [torch.equal(p, was) for p, was in zip((a, b, c), before, strict=True)] == [True, True, False]
 
 
 def test_weights_that_the_user_loads_soon_after_a_freeze_stay(caplog):

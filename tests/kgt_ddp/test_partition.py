@@ -219,9 +219,15 @@ def test_what_the_user_freezes_later_stays_frozen_when_its_block_is_lifted():
     blocks = ordered(model, torch.randn(2, 1, 8, 8))
     own = blocks[0].parameters[0][1].requires_grad_(False)
     blocks.move_to(2)
-    assert own not in {*blocks.frozen_parameters()}
+    assert own in {*blocks.frozen_parameters()} and blocks.resting() == []
     blocks.move_to(0)
     assert not own.requires_grad and all(p.requires_grad for _, p in blocks[0].parameters[1:])
+    assert blocks.resting() == [own]
+    blocks.move_to(1)
+    own.requires_grad_(True)  # and turns on again
+    blocks.move_to(2)
+    blocks.move_to(0)
+    assert own.requires_grad and blocks.resting() == []
 
 
 def test_watching_leaves_nothing_behind_and_changes_nothing():

@@ -114,19 +114,24 @@ def test_a_run_without_masks_cannot_be_replayed(tmp_path):
 
 
 def test_replay_leaves_out_what_a_job_that_was_started_again_did_not_come_to(tmp_path, monkeypatch):
-    for pid, events in (
-        (
-            11,
-            [("blocks", {"step": 0}), ("apply", {"step": 3, "frontier": 1}), ("apply", {"step": 9, "frontier": 2})],
-        ),
-        (
-            12,
-            [("blocks", {"step": 6}), ("resume", {"step": 6, "frontier": 1}), ("apply", {"step": 8, "frontier": 3})],
-        ),
-    ):
+    lives = {
+        11: [
+            ("blocks", {"step": 0}),
+            ("apply", {"step": 3, "frontier": 1, "at_mean": False}),
+            ("apply", {"step": 9, "frontier": 2, "at_mean": False}),
+        ],
+        12: [
+            ("blocks", {"step": 6}),
+            ("resume", {"step": 6, "frontier": 1}),
+            ("apply", {"step": 8, "frontier": 3}),
+            ("apply", {"step": 9, "frontier": 4, "at_mean": True}),
+        ],
+    }
+    for pid, events in lives.items():
         monkeypatch.setattr("kgtrun.contract.events.os.getpid", lambda pid=pid: pid)
         writer = EventWriter.for_process(tmp_path, role="trainer", index=0)
         for kind, fields in events:
             writer.write(kind, **fields)
         writer.close()
-    assert parse_policy(f"replay:{tmp_path}").timetable == [(3, 1), (6, 1), (8, 3)]
+    replay = parse_policy(f"replay:{tmp_path}")
+    assert replay.timetable == [(3, 1), (6, 1), (8, 3), (9, 4)] and replay.as_they_were == {3}

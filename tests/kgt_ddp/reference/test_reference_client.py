@@ -297,6 +297,18 @@ def test_a_probe_that_cannot_be_pickled_is_said_and_nothing_more_is_sent(client,
     assert caplog.text.count("its samples cannot be pickled") == 1 and not client.connected
 
 
+def test_a_want_of_descriptors_passes(client, tools, monkeypatch):
+    client.offer_model(tools.small_net(), ["0"], lags=(1,))
+    client.retain_probe(Samples((torch.randn(6, 8),)))
+    tools.until(lambda: client.poll() == [] and client.connected, 60)
+    with monkeypatch.context() as poor:
+        poor.setattr("kgt_ddp.reference.client.payload_file", lambda *_: os.open("/nowhere", os.O_RDONLY))
+        assert not client.submit(0, 0)
+    assert client.offered
+    tools.exchange(client, 1)
+    assert client.stats.submitted == 1
+
+
 def test_a_submit_whose_copy_ends_later_is_announced_by_the_next_step(client, tools, monkeypatch):
     """As on a device, where training is ahead of it."""
     ended = []
