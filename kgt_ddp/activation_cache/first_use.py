@@ -57,13 +57,19 @@ class Route:
     """Whether the check saw padding. Without, the first padded batch is checked again."""
     num_calls: dict[nn.Module, ShapeRule]
     """How often each is called: as a shape of one dimension, it may follow from the number of frames, say."""
+    most: int
+    """Samples of the largest batch that was computed: a larger one may be computed in pieces."""
     excluded: set[str] = field(default_factory=set)
 
     def predictable(self, batch: Batch) -> bool:
-        return self.codec.knows_shared(batch) and all(
-            self.num_calls[module].predict(batch.dims) == (len(outlines),)
-            and all(outline.predictable(batch.dims) for outline in outlines)
-            for module, outlines in self.outlines.items()
+        return (
+            batch.size <= self.most
+            and self.codec.knows_shared(batch)
+            and all(
+                self.num_calls[module].predict(batch.dims) == (len(outlines),)
+                and all(outline.predictable(batch.dims) for outline in outlines)
+                for module, outlines in self.outlines.items()
+            )
         )
 
     @contextmanager
@@ -88,6 +94,7 @@ class Route:
             yield
         for module, calls in seen.items():
             self.num_calls[module].observe(batch.dims, (len(calls),))
+        self.most = max(self.most, batch.size)
 
     def table(self, unit: nn.Module, value: Any, batch: Batch) -> Mapping[nn.Module, Replacement]:
         """What to replace so that the frontier unit returns `value`."""
@@ -157,7 +164,8 @@ class _Check:
         num_calls = {module: ShapeRule() for module in outlines}
         for module, rule in num_calls.items():
             rule.observe(self._batch.dims, (len(outlines[module]),))
-        return Route(codec, outlines, self._batch.padded, num_calls, self._independent_arguments(value))
+        independent = self._independent_arguments(value)
+        return Route(codec, outlines, self._batch.padded, num_calls, self._batch.size, independent)
 
     # ---- 1: the prefix for itself -----------------------------------------------------------------------------------
 

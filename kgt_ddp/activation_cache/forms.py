@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 
 from kgt_ddp.activation_cache.first_use import (
@@ -42,7 +43,7 @@ class Forms:
     def __init__(self, model: nn.Module, prefix: Prefix, keys: Keys, *, compact: bool) -> None:
         self._model, self._prefix, self._keys, self._compact = model, prefix, keys, compact
         self._routes: dict[bytes, Route | None] = {}
-        """The first form in front; None: it was looked at and did not pass."""
+        """The first form in front of others that passed; None: it was looked at and did not pass."""
         self._watched: set[bytes] = set()
         self._num_looks = 0
 
@@ -55,7 +56,13 @@ class Forms:
 
     def is_first(self, batch: Batch) -> bool:
         """Whether what is found of this batch holds for the cut."""
-        return next(iter(self._routes), batch.form) == batch.form
+        return self._first in (None, batch.form) and self._routes.get(batch.form, True) is not None
+
+    def hopeless(self, form: bytes) -> bool:
+        """Whether calls of this form go uncached for good."""
+        if form in self._routes:
+            return self._routes[form] is None
+        return self._first is not None and self._num_looks > MOST_LOOKS
 
     def to_be_watched(self, batch: Batch) -> bool:
         """Whether the forward of this batch is to be watched for collectives. Call `watched`, or `leave_out`, after it."""
@@ -73,12 +80,12 @@ class Forms:
             PaddingObjectionError: for any form. Keys then have to hold the padding, and all is proved anew.
         """
         if self.is_first(batch):
-            self._routes.clear()
+            self.forget()
             if batch.form not in self._watched:
                 raise NotYetError
             route = first_use(self._model, self._prefix, self._keys, batch, compact=self._compact)
             self._routes[batch.form] = route
-            self._keys.excluded |= route.excluded
+            self._keys.excluded = set(route.excluded)  # what another form did not depend on, this one may
             return route
         if batch.form in self._watched and self._routes.get(batch.form, True) is not None and self._may_look():
             try:
@@ -99,21 +106,26 @@ class Forms:
         logger.warning("activation cache: another form of the model's call goes uncached: %s", reason)
 
     def forget(self) -> None:
-        """Weights have changed, or what keys hold."""
-        self._routes.clear()
+        """Weights have changed, or what keys hold. What did not pass stays out."""
+        self._routes = {form: None for form, route in self._routes.items() if route is None}
+
+    @property
+    def _first(self) -> bytes | None:
+        return next((form for form, route in self._routes.items() if route is not None), None)
 
     def _compare(self, batch: Batch, route: Route) -> None:
-        first = next(iter(self._routes.values()))
-        assert first is not None, "an objection to the first form is raised"
-        by_sample = {name for name, row in zip(batch.names, batch.rows, strict=True) if row}
-        in_no_key = by_sample & self._keys.excluded - route.excluded
+        first = next(found for found in self._routes.values() if found is not None)
+        by_sample = {n: leaf for n, leaf, row in zip(batch.names, batch.leaves, batch.rows, strict=True) if row}
+        in_no_key = by_sample.keys() & self._keys.excluded - route.excluded
+        if any(torch.equal(by_sample[name], by_sample[name].roll(1, 0)) for name in in_no_key):
+            raise NotYetError  # all labels alike: nothing was tried
         if in_no_key:
             raise ObjectionError(f"the frozen blocks may depend on {', '.join(sorted(in_no_key))}")
         if route.codec.layout != first.codec.layout:
             raise ObjectionError(f"block {self._prefix.blocks[-1].name} returns something else")
 
     def _may_look(self) -> bool:
-        if self._num_looks == MOST_LOOKS and self._routes:
+        if self._num_looks == MOST_LOOKS and self._first is not None:
             logger.warning("activation cache: the model is called in ever new forms: no more of them are cached")
         self._num_looks += 1
         return self._num_looks <= MOST_LOOKS

@@ -17,7 +17,7 @@ Keys say nothing about the model: the store binds every record to the frozen pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_map, tree
 
 KEY_BYTES = 16
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class LeftOutError(Exception):
+    """Calls of this form go uncached: nothing of it is hashed."""
 
 
 class UnkeyableError(Exception):
@@ -110,10 +114,13 @@ class Keys:
         """Whether keys leave padding out."""
         self._pads: dict[str, Any] = {}
 
-    def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    def batch(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], left_out: Callable[[bytes], bool] = lambda form: False
+    ) -> Batch:
         """Understand and hash one batch.
 
         Raises:
+            LeftOutError: `left_out` says so of its form.
             UnkeyableError: an argument cannot be hashed, or there is no batch dimension.
         """
         entries, spec = tree_flatten_with_path((args, kwargs))
@@ -127,11 +134,16 @@ class Keys:
         trims = lengths is not None
         if lengths is None and (padded := _whole_length(leaves, rows)):
             lengths = np.full(size, padded)
+        # A tensor of several elements steers the model's Python no more than samples do: its content is in the keys alone.
         kinds = [
-            f"{name}:{leaf.dtype}{leaf.dim()}" if row else f"{name}={_plain(name, leaf)}"
+            f"{name}:{row}{leaf.dtype}{leaf.dim()}"
+            if row or (isinstance(leaf, torch.Tensor) and leaf.numel() > 1)
+            else f"{name}={_plain(name, leaf)}"
             for name, leaf, row in zip(names, leaves, rows, strict=True)
         ]
         form = xxhash.xxh3_128_digest(f"{spec}{_autocast(leaves)}{kinds}".encode())
+        if left_out(form):
+            raise LeftOutError
         common = xxhash.xxh3_128(form + bytes([trims]))
         columns: list[tuple[np.ndarray, int]] = []
         cuts: set[str] = set()
@@ -139,6 +151,8 @@ class Keys:
         for name, leaf, row in zip(names, leaves, rows, strict=True):
             if isinstance(leaf, torch.Tensor):
                 dims += leaf.shape
+                if not row:
+                    common.update(f"{name}={_plain(name, leaf)}".encode())
             if not row or name in self.excluded:
                 continue
             data = _bytes_of(name, leaf)

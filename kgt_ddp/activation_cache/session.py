@@ -26,7 +26,7 @@ from kgt_ddp.activation_cache.folder import CacheFolder
 from kgt_ddp.activation_cache.forms import Forms
 from kgt_ddp.activation_cache.frontier_cache import FrontierCache
 from kgt_ddp.activation_cache.gate import Gate
-from kgt_ddp.activation_cache.key import Batch, Keys, UnkeyableError
+from kgt_ddp.activation_cache.key import Batch, Keys, LeftOutError, UnkeyableError
 from kgt_ddp.activation_cache.prefetch import Prefetch
 from kgt_ddp.activation_cache.prefix import COMPILED, Prefix
 from kgt_ddp.activation_cache.short_circuit import Replacement, replaced, timed
@@ -174,7 +174,10 @@ class Session:
             return None
         started = time.perf_counter()
         try:
-            batch = self.keys.batch(args, kwargs)
+            batch = self.keys.batch(args, kwargs, self._forms.hopeless)
+        except LeftOutError:
+            self.pause()
+            return None
         except UnkeyableError as error:
             self._attempt(str(error))
             return None
