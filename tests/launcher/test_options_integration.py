@@ -69,7 +69,7 @@ def test_two_nodes_meet(runs, how):
 
 def test_a_rendezvous_that_nobody_hosts_is_said_and_recorded(runs):
     endpoint = f"127.0.0.1:{free_port()}"
-    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=false,timeout=2"]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=false,read_timeout=2"]
     done = runs.run("--nnodes", "2", *where, runs.script("pass"))
     assert done.code == 1 and f"no rendezvous at {endpoint}" in done.err and "Traceback" not in done.err
     assert done.result["status"] == "failed"
