@@ -83,6 +83,11 @@ def _reads_metadata(func: Any) -> bool:
     )
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """A `ScriptModule` raises instead."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def looked_at(*_: Any) -> None:
     """A forward hook that does nothing. Where hooks look, the activation cache lets the frozen prefix compute."""
 
@@ -110,7 +115,7 @@ def watch(model: nn.Module) -> Iterator[ExecutionOrder]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if not takes_hooks(module):
                 continue
             for handle in (
                 module.register_forward_pre_hook(enters, prepend=True),

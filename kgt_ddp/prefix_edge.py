@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kgt_ddp import torch_private
 from kgt_ddp.blocks import Blocks
-from kgt_ddp.execution_order import ExecutionOrder, looked_at
+from kgt_ddp.execution_order import ExecutionOrder, looked_at, takes_hooks
 
 Marking = list[tuple[str | None, bool]]
 """For each frontier from 1 on: the module after whose first call inputs of reentrant checkpoints are marked, None: from
@@ -78,7 +78,7 @@ class PrefixEdge:
         if self._shared:
             self._handles += [
                 unit.register_forward_pre_hook(self._detach_inputs, with_kwargs=True)
-                for unit in filter(_takes_hooks, units)
+                for unit in filter(takes_hooks, units)
             ]
 
     def look_at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class PrefixEdge:
         if after is not None:
             self._handles.append(dict(blocks.model.named_modules())[after].register_forward_hook(self._note_passed))
         if reaches_over:
-            first = list(filter(_takes_hooks, blocks.blocks[0].modules))[:1]
+            first = list(filter(takes_hooks, blocks.blocks[0].modules))[:1]
             self._handles += [module.register_forward_hook(looked_at) for module in first]
 
     def _note_passed(self, *_: Any) -> None:
@@ -137,10 +137,6 @@ def marking(blocks: Blocks, order: ExecutionOrder) -> Marking:
         reaches_over = any(begin < calls[-1][0] for calls in front.values())
         found.append((ended[max(ended)] if ended else None, reaches_over))
     return found
-
-
-def _takes_hooks(module: nn.Module) -> bool:
-    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _detached(value: Any) -> Any:
