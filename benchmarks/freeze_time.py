@@ -56,6 +56,9 @@ VISION = {
     "front": Plan(((0.48, 3), (0.56, 6))),
     "at_once": Plan(AT_ONCE),
     "at_once_mean": Plan(AT_ONCE, at_mean=True),
+    "at_once_45_mean": Plan(((0.45, 7), (0.56, 8)), at_mean=True),
+    "at_once_35_mean": Plan(((0.35, 7), (0.50, 8)), at_mean=True),
+    "earlier_mean": Plan(((0.38, 3), (0.42, 5), (0.46, 7), (0.56, 8)), at_mean=True),
     "linear": Plan(tuple((0.3125 + 0.0625 * i, i + 1) for i in range(8))),
 }
 """`tolerance_02` and `_01` are what the policy kgt does on the ResNet with a `late_tolerance` of 0.02 and 0.01; the last is
