@@ -59,7 +59,7 @@ def policies(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 RENDERERS: dict[str, Callable[[Any], str]] = {"summary": policies}
-MODULES = {"summary": "time_to_accuracy"}
+MODULES = {"summary": "time_to_accuracy", "freeze_time_avx2": "freeze_time"}
 """Where the results file has not the name of its benchmark."""
 
 
